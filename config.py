@@ -1,0 +1,132 @@
+"""The numbers of one run, in the order in which the data meets them; set any of them before you call."""
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+# Patients. DATA_FOLDER is found when first read: the environment variable BRATS_FOLDER, else /kaggle/input if it holds
+# NIfTI files, else None. OUTPUT_FOLDER too: /kaggle/working, a mounted Drive on Colab, else the current folder.
+EDITION = None  # e.g. 'BraTS2020' where file names do not tell the edition; None: the names tell it
+MODALITIES = ('t1ce', 't2', 'flair')  # the network's channels, in this order; t1 adds little
+SEED = 0  # of the split, of the background patches drawn and of the training
+VAL_FRACTION = 0.15  # of the patients with a segmentation; the last word on when to stop
+TEST_FRACTION = 0.15  # of the same; looked at once, at the end
+
+# Patches. TRAIN_FILE and VAL_FILE lie in OUTPUT_FOLDER.
+PATCH_SIZE = 128  # pixels, both axes; a multiple of 2 ** ENCODER_DEPTH
+PATCH_STRIDE = 112  # pixels; 240 pixels give the starts 0 and 112
+BACKGROUND_SHARE = 0.0  # of the brain patches without tumor that are kept; 0 is the document's, more costs time
+STRETCH_PERCENTILES = (0.5, 99.5)  # of the brain's intensities, mapped to STRETCH_RANGE; the rest is clamped
+STRETCH_RANGE = (-1, 1)  # the background gets the lower end
+
+# Augmentation, as torchio takes it
+SPATIAL_PROBABILITY = 0.95  # that one of the four below happens; their weights follow
+FLIP_WEIGHT = 0.35
+AFFINE_WEIGHT = 0.35
+ANISOTROPY_WEIGHT = 0.15
+ELASTIC_WEIGHT = 0.15
+FLIP_AXES = (0, 1)
+FLIP_PROBABILITY = 0.5  # of each axis, once a flip is drawn
+AFFINE_SCALES = 0.1  # 0.9 to 1.1 along each axis
+AFFINE_DEGREES = (0, 0, 0, 0, -20, 20)  # in the plane of the slice only: other axes would leave it
+ANISOTROPY_AXES = (0, 1)
+ANISOTROPY_DOWNSAMPLING = (1.5, 2.5)
+ELASTIC_DISPLACEMENT = (2, 2, 0)  # pixels at most, at each control point
+INTENSITY_PROBABILITY = 0.95  # that one of the two below happens, at even odds
+NOISE_STD = 0.1  # at most, on the scale of STRETCH_RANGE
+BIAS_COEFFICIENTS = 0.1  # at most, of the bias field's polynomial
+
+# Loading
+BATCHSIZE = 32  # patches; fits a 16 GB card with a resnet34
+LOADER_WORKERS = 2  # processes; Colab has 2 cores, Kaggle 4
+
+# Network. ENCODER_IN_CHANNEL is the number of MODALITIES.
+ENCODER_NAME = 'resnet34'
+ENCODER_WEIGHTS = 'imagenet'  # downloaded once; without internet the notebook goes on with random ones and says so
+ENCODER_DEPTH = 5
+DECODER_CHANNELS = (256, 128, 64, 32, 16)
+NO_CLASSES = 4
+CLASS_NAMES = ('background', 'necrotic core', 'edema', 'enhancing tumor')  # of the classes 0 to 3
+CLASS_COLORS = ('#000000', '#2F6BFF', '#F0E442', '#E0301E')  # apart also without red or green cones, and from grey
+
+# Learning. DEVICE ('cuda', 'mps' or 'cpu') is found by trying it when first read.
+LOSS_GAMMA = 2.0  # of the focal loss: how much less an easy pixel counts
+LEARN_RATE = 1e-3  # of Adam
+WEIGHT_DECAY = 1e-5
+GRADIENT_CLIP = 1.0  # norm of the whole gradient; a rare bad batch must not undo an epoch
+SCHEDULER_FACTOR = 0.5  # by which a plateau lowers the learning rate
+SCHEDULER_PATIENCE = 3  # epochs without a better validation loss that make a plateau
+EPOCHS = 30
+
+# Checkpoints: LAST_CHECKPOINT and BEST_CHECKPOINT lie in OUTPUT_FOLDER, and history.csv with them.
+
+# Prediction
+PREDICT_BATCH = 64  # patches of PATCH_SIZE x PATCH_SIZE that go through the network at once; bounds the memory
+
+# Where there is no BraTS: phantoms, and numbers for two CPU cores. The notebook puts these in the place of the above.
+DEMO = {
+    'ENCODER_NAME': 'resnet18',
+    'DECODER_CHANNELS': (128, 64, 32, 16, 16),
+    'BATCHSIZE': 16,
+    'EPOCHS': 4,
+    'LOADER_WORKERS': 2,
+}
+DEMO_PATIENTS = 12
+
+
+@functools.cache
+def _findDataFolder():
+    if os.environ.get('BRATS_FOLDER'):
+        return os.environ['BRATS_FOLDER']
+    kaggle = Path('/kaggle/input')
+    return str(kaggle) if next(kaggle.rglob('*.nii*'), None) else None
+
+
+@functools.cache
+def _findOutputFolder():
+    if Path('/kaggle/working').is_dir():
+        return '/kaggle/working'
+    drive = Path('/content/drive/MyDrive')
+    return str(drive / 'brats_segmentation') if drive.is_dir() else '.'
+
+
+@functools.cache
+def _findDevice():
+    import torch
+
+    if torch.cuda.is_available():
+        try:
+            # available() says yes on cards that the installed build has no kernels for; only a kernel tells
+            (torch.ones(8, 8, device='cuda') @ torch.ones(8, 8, device='cuda')).sum().item()
+            return 'cuda'
+        except RuntimeError as error:
+            name = torch.cuda.get_device_name()
+            print(f'The {name} cannot run this build of torch ({torch.__version__}): {str(error).splitlines()[0]}.')
+            print('On Kaggle choose the accelerator GPU T4 x2 instead of the P100. Going on with the CPU, slowly.')
+            return 'cpu'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
+def _inOutputFolder(name):
+    return lambda: os.path.join(sys.modules[__name__].OUTPUT_FOLDER, name)
+
+
+# What must be found out, and how. A value assigned to the name comes before it.
+_FOUND = {
+    'DATA_FOLDER': _findDataFolder,
+    'OUTPUT_FOLDER': _findOutputFolder,
+    'TRAIN_FILE': _inOutputFolder('train.h5'),
+    'VAL_FILE': _inOutputFolder('val.h5'),
+    'ENCODER_IN_CHANNEL': lambda: len(MODALITIES),
+    'DEVICE': _findDevice,
+    'LAST_CHECKPOINT': _inOutputFolder('last.pt'),
+    'BEST_CHECKPOINT': _inOutputFolder('best.pt'),
+}
+
+
+def __getattr__(name):
+    """Finds out what is not assigned (PEP 562): the data, the output folder, the device and what follows of them."""
+    if name in _FOUND:
+        return _FOUND[name]()
+    raise AttributeError(f'config has no {name}')

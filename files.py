@@ -1,0 +1,36 @@
+"""Write a file whole or not at all."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def writeWhole(file):
+    """Gives a path beside `file` to write to; what was written there becomes `file` when the block ends.
+
+    The path beside is `<file>.part`, always the same, so that the next run overwrites what a kill left. Until the
+    block has ended, synced and moved, an older `file` stands untouched; when the block raises, the part is removed.
+
+    Args:
+        file: path of the file to be written (str or Path). Missing folders above it are made.
+
+    Yields:
+        Path of the part. Its name ends in `.part`: a library that reads the format from the ending must be told it.
+
+    Raises:
+        OSError: what the disk answered (full, read-only, no permission), naming `file` as it was asked for.
+    """
+    file = Path(file)
+    part = file.with_name(file.name + '.part')
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, 'rb+') as written:
+            os.fsync(written.fileno())
+        os.replace(part, file)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's; ours about bad input have no number
+            raise OSError(error.errno, f'{file} could not be written: {error.strerror}') from error
+        raise

@@ -1,0 +1,279 @@
+"""From volumes to patches in HDF5: stretch the histogram, define the torchio transforms, cut and write."""
+
+import json
+import zlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import torchio as tio
+from numpy.lib.stride_tricks import sliding_window_view
+from tqdm.auto import tqdm
+
+import config
+from files import writeWhole
+from patients import annotated, readCase
+
+FORMAT = 1  # of the patch file; raised when its layout changes, so that older files are made anew
+
+
+def maskFunction(x):
+    """Gives the brain mask of an image tensor: bool of its shape, True where it is not background (0)."""
+    return x != 0
+
+
+class StretchHistogram(tio.RescaleIntensity):
+    """torchio's RescaleIntensity, but what the mask leaves out gets the lower end of the range.
+
+    Inside the mask the result is RescaleIntensity's. Outside, the plain class maps background like any other intensity:
+    to somewhere inside the range where the brain has negative ones. An image with an empty mask, or with one value in
+    all of it, becomes the lower end everywhere; the plain class would leave its intensities as they are.
+    """
+
+    def rescale(self, tensor, mask, image_name):
+        array, mask = tensor.numpy(), mask.numpy()
+        values = array[mask].astype(np.float32)
+        low, high = np.percentile(values, self.percentiles) if values.size else (0, 0)
+        if self.in_min_max is not None:
+            low, high = self.in_min_max
+        stretched = np.full(array.shape, self.out_min, np.float32)
+        if high > low:
+            np.clip(values, low, high, out=values)
+            stretched[mask] = (values - low) * ((self.out_max - self.out_min) / (high - low)) + self.out_min
+        return torch.from_numpy(stretched)
+
+
+def imageKeys():
+    """Gives the names of a subject's images, one per entry of `config.MODALITIES`: ['x1', 'x2', ...]."""
+    return [f'x{number}' for number in range(1, len(config.MODALITIES) + 1)]
+
+
+def volumeTransform():
+    """Gives the torchio transform that every volume meets once, before patches are cut and before it is predicted.
+
+    It maps the `config.STRETCH_PERCENTILES` of each modality's brain to `config.STRETCH_RANGE`. Per volume, not per
+    patch: the same tissue then has the same value whatever else the patch holds.
+    """
+    return StretchHistogram(
+        out_min_max=config.STRETCH_RANGE,
+        percentiles=config.STRETCH_PERCENTILES,
+        masking_method=maskFunction,
+        include=imageKeys(),
+        copy=False,
+    )
+
+
+def makeTransforms():
+    """Gives `trainTransform, valTransform, testTransform`, torchio objects made from the numbers in `config`.
+
+    Patches are stored stretched and with classes for labels, so the first two neither stretch nor remap; the third is
+    `volumeTransform()`, for whole patients.
+
+    Returns:
+        trainTransform: tio.Compose for `utils.BRATSDataset` (per patch, on the CPU): pad, one spatial and one intensity
+            transform.
+        valTransform: tio.Compose that pads to `config.PATCH_SIZE`.
+        testTransform: tio.Compose for `engine.predict`.
+    """
+    images, both = {'include': imageKeys()}, {'include': [*imageKeys(), 'y'], 'label_keys': ['y']}
+    pad = tio.CropOrPad((config.PATCH_SIZE, config.PATCH_SIZE, 1), padding_mode='minimum', **both)
+    spatial = {
+        tio.RandomFlip(axes=config.FLIP_AXES, flip_probability=config.FLIP_PROBABILITY, **both): config.FLIP_WEIGHT,
+        tio.RandomAffine(scales=config.AFFINE_SCALES, degrees=config.AFFINE_DEGREES, **both): config.AFFINE_WEIGHT,
+        tio.RandomAnisotropy(
+            axes=config.ANISOTROPY_AXES, downsampling=config.ANISOTROPY_DOWNSAMPLING, **both
+        ): config.ANISOTROPY_WEIGHT,
+        tio.RandomElasticDeformation(max_displacement=config.ELASTIC_DISPLACEMENT, **both): config.ELASTIC_WEIGHT,
+    }
+    intensity = {
+        tio.RandomNoise(std=(0, config.NOISE_STD), **images): 0.5,
+        tio.RandomBiasField(coefficients=config.BIAS_COEFFICIENTS, **images): 0.5,
+    }
+    train = [
+        pad,
+        tio.OneOf(spatial, p=config.SPATIAL_PROBABILITY, **both),
+        tio.OneOf(intensity, p=config.INTENSITY_PROBABILITY, **both),
+    ]
+    return tio.Compose(train, **both), tio.Compose([pad], **both), tio.Compose([volumeTransform()], **both)
+
+
+def transformCase(image, label, transform):
+    """Gives one patient, or one patch, after a torchio transform.
+
+    Args:
+        image: float (C, W, H, D) array or tensor.
+        label: integer (W, H, D), or None.
+        transform: callable on a dict of `x1`, `x2`, ... and `y`, each (1, W, H, D).
+
+    Returns:
+        image: float32 (C, W', H', D') tensor.
+        label: int64 (W', H', D') tensor, or None.
+    """
+    images = torch.as_tensor(image, dtype=torch.float32)  # affine, elastic and anisotropy refuse float16
+    subject = {f'x{number}': channel[None] for number, channel in enumerate(images, start=1)}
+    # a transform that includes y wants one, so an unlabelled patient gets zeros for the way
+    given = torch.zeros(images.shape[1:], dtype=torch.uint8) if label is None else torch.as_tensor(label)
+    subject['y'] = given[None]
+    subject = transform(subject)
+    images = torch.cat([subject[f'x{number}'] for number in range(1, len(images) + 1)]).float()
+    return images, None if label is None else subject['y'][0].round().long()
+
+
+def windowStarts(length, size, stride):
+    """Gives the starts of windows that cover an axis: 0, stride, ..., and the last one flush with the end.
+
+    Args:
+        length: pixels of the axis.
+        size: pixels of a window; an axis that is shorter gets one window, at 0.
+        stride: pixels from one window to the next; more than `size` would leave pixels out.
+
+    Raises:
+        ValueError: a stride that leaves pixels out, or none.
+    """
+    if not 0 < stride <= size:
+        raise ValueError(f'A patch stride of {stride} was given; 1 to {size} (PATCH_SIZE) covers every pixel.')
+    last = max(length - size, 0)
+    return np.unique([*range(0, last, int(stride)), last])
+
+
+def makeDataset(dataframe, filename, transform=None):
+    """Writes the patches of the patients of a file list to an `.h5` file and gives how many there are.
+
+    Each axial slice is cut into overlapping windows of `config.PATCH_SIZE` at `config.PATCH_STRIDE`. A patch with tumor
+    is kept; of those with brain but no tumor `config.BACKGROUND_SHARE` is, drawn from `config.SEED` and the patient's
+    name. The file holds `image` (N, C, 128, 128), float16 where all values lie in [-1, 1], else float32; `label`
+    (N, 128, 128), uint8 classes; `case`, `slice`, `row`, `column` (N,), where the patch comes from; and as attributes
+    `patients` and `settings` in JSON. It is moved to its name when complete; a second call with the same patients
+    and settings finds it and cuts nothing. Memory is that of one patient.
+
+    Args:
+        dataframe: file list; patients without a segmentation are left out, and counted.
+        filename: path of the file.
+        transform: torchio transform of the whole volume, in the place of `volumeTransform()`.
+
+    Raises:
+        ValueError, FileNotFoundError: what `patients.readCase` says of bad data; no patch was found.
+    """
+    dataframe = annotated(dataframe, str(filename))
+    transform = volumeTransform() if transform is None else transform
+    settings = _settings(transform)
+    cases = json.dumps(list(dataframe.index.astype(str)))
+    noPatches = _countIfDone(filename, settings, cases)
+    if noPatches is not None:
+        print(f'{filename} is there, with {noPatches} patches of the same patients and settings.')
+        return noPatches
+    with writeWhole(filename) as part:
+        # values outside of [-1, 1] show with the first patient as a rule: then float16 gives way to float32
+        if not _writePatches(part, dataframe, transform, np.float16):
+            _writePatches(part, dataframe, transform, np.float32)
+        with h5py.File(part, 'r+') as file:
+            noPatches = len(file['label'])
+            if noPatches == 0:
+                raise ValueError(f'{filename}: not one patch with tumor in {len(dataframe)} patients.')
+            file.attrs['settings'], file.attrs['patients'] = settings, cases
+    print(
+        f'{filename}: {noPatches} patches of {len(dataframe)} patients, {Path(filename).stat().st_size / 1e6:.0f} MB.'
+    )
+    return noPatches
+
+
+def _settings(transform):
+    """Gives, as JSON, all that decides what a patch file holds besides the patients."""
+    names = ('MODALITIES', 'EDITION', 'PATCH_SIZE', 'PATCH_STRIDE', 'BACKGROUND_SHARE', 'SEED')
+    values = {name: getattr(config, name) for name in names}
+    return json.dumps({'format': FORMAT, **values, 'transform': describe(transform)}, sort_keys=True)
+
+
+def describe(value):
+    """Gives a transform, or anything a transform holds, as plain values that are equal in every process."""
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, dict):
+        return [[describe(key), describe(item)] for key, item in value.items()]
+    if isinstance(value, (list, tuple, set)):
+        return [describe(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return value.tolist()
+    if hasattr(value, '__qualname__'):
+        # two lambdas of one place have the same name, so their code tells them apart
+        code = value.__code__.co_code.hex() if value.__qualname__.endswith('<lambda>') else ''
+        return f'{value.__module__}.{value.__qualname__}{code}'
+    return [describe(type(value)), describe(dict(sorted(vars(value).items())))]
+
+
+def _countIfDone(filename, settings, cases):
+    """Gives the number of patches of a file made with these settings and patients, else None and says why."""
+    if not Path(filename).exists():
+        return None
+    try:
+        with h5py.File(filename, 'r') as file:
+            isSame = file.attrs['settings'] == settings and file.attrs['patients'] == cases
+            noPatches = len(file['label'])
+    except (OSError, KeyError) as error:
+        print(f'{filename} is damaged ({error}) and is made anew.')
+        return None
+    if not isSame:
+        print(f'{filename} was made of other patients or with other settings and is made anew.')
+    return noPatches if isSame else None
+
+
+def _writePatches(part, dataframe, transform, dtype):
+    """Writes every patient's patches; gives False, and stops, where values do not fit a dtype of float16."""
+    size = config.PATCH_SIZE
+    with h5py.File(part, 'w') as file:
+        kinds = {
+            'image': ((len(config.MODALITIES), size, size), dtype),
+            'label': ((size, size), np.uint8),
+            **dict.fromkeys(('case', 'slice', 'row', 'column'), ((), np.int32)),
+        }
+        for name, (shape, kind) in kinds.items():
+            chunks = (1, *shape) if shape else (4096,)  # one patch a chunk: a shuffled read fetches nothing else
+            compression = {'compression': 'lzf', 'shuffle': True} if shape else {}
+            file.create_dataset(name, (0, *shape), kind, chunks=chunks, maxshape=(None, *shape), **compression)
+        for number, (patient, paths) in enumerate(tqdm(dataframe.iterrows(), 'cut', len(dataframe), leave=False)):
+            image, label = readCase(paths)
+            isBrain = (image != 0).any(0)
+            image, label = (tensor.numpy() for tensor in transformCase(image, label, transform))
+            if dtype == np.float16 and np.abs(image).max() > 1:
+                return False
+            where = _choosePatches(isBrain, label > 0, patient)
+            patches = {'image': _cut(image.astype(dtype), where), 'label': _cut(label.astype(np.uint8)[None], where)}
+            patches['label'] = patches['label'][:, 0]
+            patches |= {'case': np.full(len(where), number)} | dict(
+                zip(('slice', 'row', 'column'), where.T, strict=True)
+            )
+            for name, values in patches.items():
+                file[name].resize(len(file[name]) + len(values), axis=0)
+                if len(values):
+                    file[name][-len(values) :] = values
+    return True
+
+
+def _choosePatches(isBrain, isTumor, patient):
+    """Gives the (slice, row, column) of the patches to keep, sorted: int (N, 3)."""
+    size, stride = config.PATCH_SIZE, config.PATCH_STRIDE
+    rows, columns = (windowStarts(length, size, stride) for length in isTumor.shape[:2])
+    holds = np.array(
+        [
+            [mask[row : row + size, column : column + size].any((0, 1)) for row in rows for column in columns]
+            for mask in (isTumor, isBrain)
+        ]
+    )  # (2, windows, D)
+    generator = np.random.default_rng([config.SEED, zlib.crc32(str(patient).encode())])
+    isDrawn = generator.uniform(size=holds[0].shape) < config.BACKGROUND_SHARE
+    slices, windows = np.nonzero((holds[0] | (holds[1] & isDrawn)).T)
+    return np.stack([slices, rows[windows // len(columns)], columns[windows % len(columns)]], axis=1)
+
+
+def _cut(volume, where):
+    """Cuts patches (N, C, 128, 128) from a volume (C, W, H, D); one smaller than a patch is padded with its minimum."""
+    size = config.PATCH_SIZE
+    short = [max(size - length, 0) for length in volume.shape[1:3]]
+    if any(short):
+        # a label's minimum is 0 or, where the tumor fills all of the volume, would make tumor of padding
+        value = 0 if volume.dtype == np.uint8 else volume.min()
+        volume = np.pad(volume, ((0, 0), (0, short[0]), (0, short[1]), (0, 0)), constant_values=value)
+    windows = sliding_window_view(volume, (size, size), axis=(1, 2))  # (C, W', H', D, 128, 128)
+    slices, rows, columns = where.T
+    return windows[:, rows, columns, slices].swapaxes(0, 1)  # (C, N, 128, 128) -> (N, C, 128, 128)

@@ -1,0 +1,180 @@
+"""The phantoms are BraTS 2020 in layout, header and labels, and the same seed always makes the same ones."""
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import ndimage
+
+import phantom
+
+SMALL = (48, 40, 16)
+SUFFIXES = ('t1', 't1ce', 't2', 'flair', 'seg')
+
+
+def _read(folder, patient, suffix):
+    return np.asarray(nib.load(folder / patient / f'{patient}_{suffix}.nii.gz').dataobj)
+
+
+def _bytes(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob('*') if file.is_file()}
+
+
+@pytest.fixture(scope='module')
+def five(tmp_path_factory):
+    """A folder of five patients and their ids."""
+    folder = tmp_path_factory.mktemp('five')
+    return folder, phantom.makeCases(folder, 5, seed=3, shape=(64, 64, 24))
+
+
+def test_makeCases_hasTheLayoutOfBraTS2020(five):
+    """Ids count from 001, each folder holds its five files, the mapping lies beside them, and nothing else does."""
+    folder, ids = five
+    assert ids == [f'BraTS20_Training_00{i}' for i in (1, 2, 3, 4, 5)]
+    expected = {f'{patient}/{patient}_{suffix}.nii.gz' for patient in ids for suffix in SUFFIXES}
+    assert set(_bytes(folder)) == expected | {'name_mapping.csv'}
+
+
+def test_makeCases_writesTheHeaderOfBraTS(five):
+    """Images are int16, labels uint8, unscaled; voxels of 1 mm run to patient left, back and top; both codes are 1."""
+    folder, ids = five
+    for suffix in SUFFIXES:
+        image = nib.load(folder / ids[0] / f'{ids[0]}_{suffix}.nii.gz')
+        assert image.shape == (64, 64, 24)
+        assert image.get_data_dtype() == (np.uint8 if suffix == 'seg' else np.int16)
+        assert np.array_equal(image.affine, [[-1, 0, 0, 0], [0, -1, 0, 63], [0, 0, 1, 0], [0, 0, 0, 1]])
+        assert nib.aff2axcodes(image.affine) == ('L', 'P', 'S')
+        assert image.get_qform(coded=True)[1] == image.get_sform(coded=True)[1] == 1
+        assert np.array_equal(image.get_qform(), image.get_sform())
+        assert image.dataobj.slope == 1 and image.dataobj.inter == 0
+
+
+def test_makeCases_hasEveryLabelExceptEnhancingInTheFourth(five):
+    """Labels are 0, 1, 2 and 4, each in several voxels; one patient of five, the fourth, has no 4."""
+    folder, ids = five
+    for i, patient in enumerate(ids):
+        labels, counts = np.unique(_read(folder, patient, 'seg'), return_counts=True)
+        assert labels.tolist() == ([0, 1, 2] if i == 3 else [0, 1, 2, 4])
+        assert counts.min() >= 4
+
+
+def test_makeCases_keepsEveryLabelAtTheSmallestShape(tmp_path):
+    """Even 16 voxels an axis hold necrosis, edema and rim."""
+    (patient,) = phantom.makeCases(tmp_path, 1, shape=(16, 16, 16))
+    assert np.unique(_read(tmp_path, patient, 'seg')).tolist() == [0, 1, 2, 4]
+
+
+def test_makeCases_leavesTheBackgroundZero(five):
+    """All modalities have the same brain, none of it at the border; outside it all is 0 and no label is set."""
+    folder, ids = five
+    for patient in ids:
+        volumes = {suffix: _read(folder, patient, suffix) for suffix in SUFFIXES}
+        brain = volumes['t1'] != 0
+        assert 0.1 < brain.mean() < 0.3
+        assert all(volume.min() == 0 and volume[0].max() == volume[:, -1].max() == 0 for volume in volumes.values())
+        assert all(np.array_equal(volumes[suffix] > 0, brain) for suffix in ('t1ce', 't2', 'flair'))
+        assert not volumes['seg'][~brain].any()
+
+
+def test_makeCases_putsTheHeadTheRightWayUp(five):
+    """The brainstem leaves at the bottom and the cerebellum lies low at the back, so low slices sit further back."""
+    folder, ids = five
+    for patient in ids:
+        brain = _read(folder, patient, 't1') > 0
+        area = brain.sum(axis=(0, 1))
+        assert area[14:18].mean() > 3 * area[1:5].mean()
+        assert ndimage.center_of_mass(brain[:, :, :5])[1] > ndimage.center_of_mass(brain[:, :, 12:])[1] + 3
+
+
+def test_makeCases_givesEachTissueItsContrast(five):
+    """The rim is brighter than its core in t1ce, the edema brighter than the rest of the brain in flair."""
+    folder, ids = five
+    for i, patient in enumerate(ids):
+        t1ce, flair, seg = (_read(folder, patient, suffix) for suffix in ('t1ce', 'flair', 'seg'))
+        assert np.median(flair[seg == 2]) > 1.1 * np.median(flair[(flair > 0) & (seg == 0)])
+        assert i == 3 or np.median(t1ce[seg == 4]) > 1.3 * np.median(t1ce[seg == 1])
+
+
+def test_makeCases_closesTheNecrosisIn(five):
+    """Of the voxels that touch necrosis from outside, most are rim or edema."""
+    folder, ids = five
+    for patient in ids:
+        seg = _read(folder, patient, 'seg')
+        around = ndimage.binary_dilation(seg == 1) & (seg != 1)
+        assert np.isin(seg[around], (2, 4)).mean() > 0.6
+
+
+def test_makeCases_growsTumorsOfRealVolume(five):
+    """The whole tumor measures 10 to 200 ml of the head, whose box is 240 x 240 x 155 mm at every shape."""
+    folder, ids = five
+    voxel = 240 * 240 * 155 / (64 * 64 * 24) / 1000  # ml
+    assert all(10 < np.count_nonzero(_read(folder, patient, 'seg')) * voxel < 200 for patient in ids)
+
+
+def test_makeCases_cannotBeSolvedByAThreshold(five):
+    """No single threshold on flair finds the whole tumors: the best one's mean Dice stays below 0.75."""
+    folder, ids = five
+    best = []
+    for patient in ids:
+        flair, truth = _read(folder, patient, 'flair'), _read(folder, patient, 'seg') > 0
+        masks = [flair > value for value in np.percentile(flair[flair > 0], range(50, 100))]
+        best.append(max(2 * (mask & truth).sum() / (mask.sum() + truth.sum()) for mask in masks))
+    assert np.mean(best) < 0.75
+
+
+def test_makeCases_repeatsItselfToTheByte(tmp_path):
+    """The same seed writes the same bytes, over older files too; another seed writes others."""
+    phantom.makeCases(tmp_path / 'a', 1, seed=5, shape=SMALL)
+    phantom.makeCases(tmp_path / 'b', 1, seed=6, shape=SMALL)
+    a, b = _bytes(tmp_path / 'a'), _bytes(tmp_path / 'b')
+    assert all(a[name] != b[name] for name in a if name != 'name_mapping.csv')
+    phantom.makeCases(tmp_path / 'b', 1, seed=5, shape=SMALL)
+    assert _bytes(tmp_path / 'b') == a
+
+
+def test_makeCases_holdsNoTimeInTheFiles(five):
+    """The time in the gzip header (bytes 4 to 7) is 0."""
+    assert all(data[4:8] == bytes(4) for name, data in _bytes(five[0]).items() if name.endswith('.gz'))
+
+
+def test_makeCases_makesAPatientTheSameWhateverTheirNumber(tmp_path):
+    """Patient 1 of two is patient 1 of one, and patient 2 is another."""
+    phantom.makeCases(tmp_path / 'one', 1, shape=SMALL)
+    first, second = phantom.makeCases(tmp_path / 'two', 2, shape=SMALL)
+    one, two = _bytes(tmp_path / 'one'), _bytes(tmp_path / 'two')
+    assert all(two[name] == one[name] for name in one if name != 'name_mapping.csv')
+    assert two[f'{first}/{first}_t1.nii.gz'] != two[f'{second}/{second}_t1.nii.gz']
+
+
+def test_makeCases_mapsNamesToGrades(five):
+    """The mapping has BraTS 2020's columns; the patient without enhancing tumor is LGG; earlier names are missing."""
+    folder, ids = five
+    table = pd.read_csv(folder / 'name_mapping.csv')
+    assert table.columns.tolist() == [
+        'Grade',
+        'BraTS_2017_subject_ID',
+        'BraTS_2018_subject_ID',
+        'TCGA_TCIA_subject_ID',
+        'BraTS_2019_subject_ID',
+        'BraTS_2020_subject_ID',
+    ]
+    assert table['Grade'].tolist() == ['HGG', 'HGG', 'HGG', 'LGG', 'HGG']
+    assert table['BraTS_2020_subject_ID'].tolist() == ids
+    assert table.iloc[:, 1:5].isna().all(axis=None)
+
+
+@pytest.mark.parametrize(
+    ('n', 'kept', 'says'),
+    [
+        (0, {}, 'n = 0'),
+        (1, {'seed': -1}, 'seed = -1'),
+        (1, {'shape': (64, 64, 15)}, r'\(64, 64, 15\).*16'),
+        (1, {'shape': (64, 64)}, r'\(64, 64\).*three'),
+        (1, {'shape': (64, 64, 20.5)}, r'20\.5.*whole'),
+    ],
+)
+def test_makeCases_refusesInWords(tmp_path, n, kept, says):
+    """What cannot be made is refused by a ValueError that says what was asked for, and nothing is written."""
+    with pytest.raises(ValueError, match=says):
+        phantom.makeCases(tmp_path / 'none', n, **kept)
+    assert not (tmp_path / 'none').exists()

@@ -1,0 +1,214 @@
+import json
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchio as tio
+
+import config
+import preprocess
+
+
+def makePatient(writeCase, shape=(40, 44, 6), patient='BraTS20_Training_001', tumor=(slice(2, 5), slice(3, 6), 2)):
+    """Writes a patient whose every voxel is telling, with a brain in the middle and one small tumor."""
+    generator = np.random.default_rng(len(patient) + shape[0])
+    image = np.zeros((3, *shape), np.int16)
+    image[:, 1:-1, 1:-1, 1:-1] = generator.integers(-50, 900, (3, *(size - 2 for size in shape)))
+    label = np.zeros(shape, np.uint8)
+    label[tumor] = 4
+    return image, label, writeCase({'t1ce': image[0], 't2': image[1], 'flair': image[2], 'seg': label}, patient)
+
+
+def listOf(**rows):
+    return pd.DataFrame.from_dict(rows, orient='index')
+
+
+def test_volumeTransform_equalsTorchioInsideTheMask():
+    """Inside the brain it is torchio's RescaleIntensity, outside it is -1, with negative intensities too."""
+    generator = np.random.default_rng(0)
+    image = generator.normal(100, 80, (3, 20, 20, 8)).astype(np.float32)
+    image[:, :5] = 0
+    plain = tio.RescaleIntensity(
+        (-1, 1), (0.5, 99.5), masking_method=preprocess.maskFunction, include=['x1', 'x2', 'x3']
+    )
+    stretched, _ = preprocess.transformCase(image, None, preprocess.volumeTransform())
+    expected, _ = preprocess.transformCase(image, None, plain)
+    isBrain = image != 0
+    np.testing.assert_allclose(stretched[isBrain], expected[isBrain], atol=1e-6)
+    assert (stretched[~isBrain] == -1).all() and stretched[isBrain].min() == -1 and stretched[isBrain].max() == 1
+
+
+@pytest.mark.parametrize('value', [0, 7])
+@pytest.mark.filterwarnings('error')
+def test_volumeTransform_makesBackgroundOfAnEmptyOrConstantImage(value):
+    """A modality without contrast becomes -1 everywhere, without a warning."""
+    stretched, _ = preprocess.transformCase(np.full((3, 4, 4, 4), value), None, preprocess.volumeTransform())
+    assert (stretched == -1).all()
+
+
+@pytest.mark.parametrize(
+    ('length', 'size', 'stride', 'starts'),
+    [
+        (240, 128, 112, [0, 112]),
+        (240, 128, 64, [0, 64, 112]),
+        (182, 128, 112, [0, 54]),
+        (218, 128, 112, [0, 90]),
+        (128, 128, 112, [0]),
+        (100, 128, 112, [0]),
+        (129, 128, 128, [0, 1]),
+        (256, 128, 128, [0, 128]),
+    ],
+)
+def test_windowStarts_handCounted(length, size, stride, starts):
+    """0, stride, ..., and the last one flush with the end."""
+    assert preprocess.windowStarts(length, size, stride).tolist() == starts
+
+
+def test_windowStarts_visitEveryPixel():
+    """For any length, size and stride, every pixel is in a window and no window leaves the image."""
+    for length in range(1, 40):
+        for size in range(1, 12):
+            for stride in range(1, size + 1):
+                starts = preprocess.windowStarts(length, size, stride)
+                seen = {start + offset for start in starts for offset in range(size)}
+                assert seen >= set(range(length)) and max(seen) == max(length, size) - 1
+    for stride in (0, -1, 13):
+        with pytest.raises(ValueError, match='covers every pixel'):
+            preprocess.windowStarts(40, 12, stride)
+
+
+def test_makeDataset_keepsEveryTumorVoxelWhereItWas(writeCase, tmp_path):
+    """Put back by case, slice, row and column, the patches give the stretched image and all of the label again."""
+    image, label, paths = makePatient(writeCase, tumor=(slice(0, 40), slice(3, 44, 9), slice(1, 6, 2)))
+    noPatches = preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5')
+    stretched, classes = preprocess.transformCase(image, label * (3 / 4), preprocess.volumeTransform())
+    rebuilt = np.zeros((40, 44, 6), np.uint8)
+    with h5py.File(tmp_path / 'a.h5') as file:
+        assert noPatches == len(file['image']) == 2 * 2 * 3
+        assert file['image'].dtype == np.float16 and file['label'].dtype == np.uint8
+        assert file['image'].chunks == (1, 3, 32, 32)
+        assert sorted(set(file['slice'][:])) == [1, 3, 5] and set(file['case'][:]) == {0}
+        for number in range(noPatches):
+            row, column, z = (int(file[name][number]) for name in ('row', 'column', 'slice'))
+            where = (slice(row, row + 32), slice(column, column + 32), z)
+            np.testing.assert_allclose(file['image'][number], stretched[(slice(None), *where)], atol=1e-3)
+            rebuilt[where] = file['label'][number]
+    np.testing.assert_array_equal(rebuilt, classes)
+
+
+def test_makeDataset_dropsPatchesWithoutTumor(writeCase, tmp_path):
+    """Of four windows on six slices only the one that holds the tumor is written; its settings and patient with it."""
+    *_, paths = makePatient(writeCase)
+    assert preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5') == 1
+    with h5py.File(tmp_path / 'a.h5') as file:
+        assert (file['row'][0], file['column'][0], file['slice'][0]) == (0, 0, 2)
+        assert json.loads(file.attrs['patients']) == ['P1']
+        assert json.loads(file.attrs['settings'])['PATCH_STRIDE'] == 24
+
+
+def test_makeDataset_keepsAShareOfTheBrainBySeed(writeCase, tmp_path):
+    """A share of 1 keeps every brain window, half a share about half of them, the same ones again for one seed."""
+    *_, paths = makePatient(writeCase, shape=(80, 80, 20))
+
+    def places(share, seed, name):
+        config.BACKGROUND_SHARE, config.SEED = share, seed
+        preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / name)
+        with h5py.File(tmp_path / name) as file:
+            return [tuple(file[name][:].tolist()) for name in ('slice', 'row', 'column')]
+
+    assert len(places(1, 0, 'a.h5')[0]) == 3 * 3 * 18  # the first and the last slice have no brain
+    half = places(0.5, 0, 'b.h5')
+    assert 60 < len(half[0]) < 102
+    assert places(0.5, 0, 'c.h5') == half and places(0.5, 1, 'd.h5') != half
+
+
+def test_makeDataset_padsAVolumeSmallerThanAPatch(writeCase, tmp_path):
+    """What is added is background: -1 in the image, class 0 in the label, even where tumor fills the volume."""
+    *_, paths = makePatient(writeCase, shape=(20, 30, 4), tumor=slice(None))
+    assert preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5') == 4
+    with h5py.File(tmp_path / 'a.h5') as file:
+        assert file['label'].shape == (4, 32, 32)
+        assert (file['label'][:, :20, :30] == 3).all() and file['label'][:].sum() == 4 * 20 * 30 * 3
+        assert (file['image'][:, :, 20:] == -1).all() and (file['image'][:, :, :, 30:] == -1).all()
+
+
+def test_makeDataset_isDoneOnlyForTheSameSettingsAndPatients(writeCase, tmp_path, capsys):
+    """A second call finds the file; another stride, transform or list of patients makes it anew."""
+    *_, paths = makePatient(writeCase)
+    *_, other = makePatient(writeCase, patient='BraTS20_Training_002')
+    file = tmp_path / 'a.h5'
+
+    def isMadeAnew(df, transform=None):
+        capsys.readouterr()
+        preprocess.makeDataset(dataframe=df, filename=file, transform=transform)
+        assert [path.name for path in tmp_path.glob('*.h5*')] == ['a.h5']
+        return 'of the same patients and settings' not in capsys.readouterr().out
+
+    assert isMadeAnew(listOf(P1=paths))
+    assert not isMadeAnew(listOf(P1=paths))
+    assert isMadeAnew(listOf(P1=paths, P2=other))
+    config.PATCH_STRIDE = 16
+    assert isMadeAnew(listOf(P1=paths, P2=other))
+    assert isMadeAnew(listOf(P1=paths, P2=other), lambda subject: subject)
+    assert not isMadeAnew(listOf(P1=paths, P2=other), lambda subject: subject)
+    assert isMadeAnew(listOf(P1=paths, P2=other), lambda subject: dict(subject))
+    file.write_bytes(file.read_bytes()[:1000])
+    assert isMadeAnew(listOf(P1=paths), tio.RescaleIntensity((0, 1), include=['x1', 'x2', 'x3']))
+    assert isMadeAnew(listOf(P1=paths), tio.RescaleIntensity((0, 0.5), include=['x1', 'x2', 'x3']))
+    assert not isMadeAnew(listOf(P1=paths), tio.RescaleIntensity((0, 0.5), include=['x1', 'x2', 'x3']))
+
+
+def test_makeDataset_storesRawIntensitiesExactly(writeCase, tmp_path):
+    """With an identity for a volume transform the patches are the file's intensities, in float32."""
+    image, _, paths = makePatient(writeCase)
+    preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5', transform=lambda subject: subject)
+    with h5py.File(tmp_path / 'a.h5') as file:
+        assert file['image'].dtype == np.float32
+        np.testing.assert_array_equal(file['image'][0], image[:, :32, :32, 2])
+
+
+def test_makeDataset_leavesNothingBehindABadPatient(writeCase, tmp_path):
+    """A patient that cannot be read is named, and no file nor part of one is left."""
+    *_, paths = makePatient(writeCase)
+    bad = {**paths, 't2': str(tmp_path / 'gone.nii.gz')}
+    with pytest.raises(FileNotFoundError, match=r'P2: .*gone\.nii\.gz does not exist'):
+        preprocess.makeDataset(dataframe=listOf(P1=paths, P2=bad), filename=tmp_path / 'a.h5')
+    assert not list(tmp_path.glob('*.h5*'))
+    with pytest.raises(ValueError, match='not one patch with tumor'):
+        healthy = writeCase({'seg': np.zeros((40, 44, 6), np.uint8)})
+        preprocess.makeDataset(dataframe=listOf(P1=paths | healthy), filename=tmp_path / 'a.h5')
+
+
+def test_makeTransforms_readsItsNumbersFromConfig():
+    """The objects carry the contract's numbers, and another number in config another object."""
+    train, validation, test = preprocess.makeTransforms()
+    pad, spatial, intensity = train.transforms
+    assert tuple(pad.target_shape) == (32, 32, 1)
+    weights = {type(one).__name__: weight for one, weight in spatial.transforms_dict.items()}
+    expected = {'RandomFlip': 0.35, 'RandomAffine': 0.35, 'RandomAnisotropy': 0.15, 'RandomElasticDeformation': 0.15}
+    assert weights == pytest.approx(expected) and spatial.probability == 0.95
+    affine = next(one for one in spatial.transforms_dict if isinstance(one, tio.RandomAffine))
+    assert affine.degrees == (0, 0, 0, 0, -20, 20) and affine.scales == (0.9, 1.1, 0.9, 1.1, 0.9, 1.1)
+    assert [type(one).__name__ for one in intensity.transforms_dict] == ['RandomNoise', 'RandomBiasField']
+    assert len(validation.transforms) == 1 and isinstance(test.transforms[0], preprocess.StretchHistogram)
+    config.AFFINE_DEGREES, config.MODALITIES = 5, ('t1', 'flair')
+    affine = next(
+        one for one in preprocess.makeTransforms()[0].transforms[1].transforms_dict if isinstance(one, tio.RandomAffine)
+    )
+    assert affine.degrees == (-5, 5) * 3 and affine.include == ['x1', 'x2', 'y']
+
+
+def test_trainTransform_keepsShapesAndClasses():
+    """Whatever is drawn, a patch keeps its shape and its label has no class that it had not."""
+    transform = preprocess.makeTransforms()[0]
+    image = torch.rand(3, 32, 32, 1) * 2 - 1
+    label = torch.zeros(32, 32, 1, dtype=torch.uint8)
+    label[8:20, 8:20] = 3
+    for seed in range(40):
+        torch.manual_seed(seed)
+        changed, classes = preprocess.transformCase(image, label, transform)
+        assert changed.shape == image.shape and changed.dtype == torch.float32
+        assert classes.shape == label.shape and classes.dtype == torch.int64
+        assert set(classes.unique().tolist()) <= {0, 3}
