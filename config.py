@@ -64,6 +64,14 @@ EPOCHS = 30
 # Prediction
 PREDICT_BATCH = 64  # patches of PATCH_SIZE x PATCH_SIZE that go through the network at once; bounds the memory
 
+# Scores. The challenge's numbers: 2020's evaluation for patients, 2023's published script for lesions.
+REGIONS = {'WT': (1, 2, 3), 'TC': (1, 3), 'ET': (3,), 'NCR': (1,), 'ED': (2,)}  # the classes that make each region
+HD95_EMPTY = {'challenge': 373.12866, 'surface-distance': 374.0}  # mm, where one mask is empty; about BraTS's diagonal
+LESION_DILATION = 3  # times that a true lesion grows by a voxel to tell what belongs to it
+LESION_SMALLEST = 50.0  # mm3; a true lesion of this volume or less is not scored
+CONFIDENCE = 0.95  # of the interval of a mean
+BOOTSTRAP_RESAMPLES = 10_000  # that give the interval
+
 # Where there is no BraTS: phantoms, and numbers for two CPU cores. The notebook puts these in the place of the above.
 DEMO = {
     'ENCODER_NAME': 'resnet18',

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+
+import metrics
+from counts import boxOf
+
+
+def test_countClasses_handCounted():
+    """Six voxels, counted by hand: each class has its TP, FP, FN and TN."""
+    y, yhat = np.array([[0, 1, 1, 2, 3, 3]]), np.array([[0, 1, 2, 2, 0, 3]])
+    TP, FP, FN, TN = metrics.countClasses(y, yhat)
+    assert TP.tolist() == [1, 1, 1, 1] and FP.tolist() == [1, 0, 1, 0]
+    assert FN.tolist() == [0, 1, 0, 1] and TN.tolist() == [4, 4, 4, 4]
+    assert all(count.dtype == np.int64 for count in (TP, FP, FN, TN))
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.int16, torch.uint8])
+def test_countClasses_equalsSmp(dtype):
+    """On a random volume with an empty rim the counts are those of smp.get_stats summed over slices."""
+    generator = torch.Generator().manual_seed(0)
+    y, yhat = torch.zeros(2, 9, 20, 20, dtype=dtype)
+    for volume in (y, yhat):
+        volume[2:7, 3:15, 4:18] = torch.randint(0, 4, (5, 12, 14), generator=generator).to(dtype)
+    expected = smp.metrics.functional.get_stats(yhat.long(), y.long(), mode='multiclass', num_classes=4)
+    for count, of in zip(metrics.countClasses(y, yhat), expected, strict=True):
+        assert (count == of.sum(0).numpy()).all()
+
+
+def test_countClasses_ofNothingIsBackground():
+    """Two empty volumes are all true background, and true negatives of the other classes."""
+    TP, FP, FN, TN = metrics.countClasses(np.zeros((2, 3, 4), int), np.zeros((2, 3, 4), int))
+    assert TP.tolist() == [24, 0, 0, 0] and TN.tolist() == [0, 24, 24, 24] and FP.sum() == FN.sum() == 0
+
+
+@pytest.mark.parametrize('dtype', ['>i4', '<i8', 'i1', '>u2'])
+def test_countClasses_takesAnyInteger(dtype):
+    """Byte order, sign and memory order do not matter."""
+    y = np.array([[0, 1, 2], [3, 3, 0]])
+    TP, *_ = metrics.countClasses(y.astype(dtype).T, y.T)
+    assert TP.tolist() == [2, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ('y', 'yhat', 'words'),
+    [
+        ([[0, 1]], [[0], [1]], r'y has the shape \(1, 2\), yhat \(2, 1\)'),
+        ([[0.0, 1.0]], [[0, 1]], 'y holds float64; integer classes 0 to 3'),
+        ([[True, False]], [[0, 1]], 'y holds bool'),
+        ([[0, 1]], [[0, 4]], 'yhat reaches from 0 to 4'),
+        ([[0, 256]], [[0, 1]], 'y reaches from 0 to 256'),
+        ([[0, 1]], [[-1, 1]], 'yhat reaches from -1 to 1'),
+        (np.zeros((0, 3), int), np.zeros((0, 3), int), 'not a single voxel'),
+        (None, [[0, 1]], 'y is None'),
+    ],
+)
+def test_countClasses_refusesOtherThanClasses(y, yhat, words):
+    """Other shapes, dtypes and classes are refused with what was found."""
+    with pytest.raises(ValueError, match=words):
+        metrics.countClasses(None if y is None else np.array(y), np.array(yhat))
+
+
+def test_boxOf_holdsAllAndAMargin():
+    """The box is the smallest that holds both voxels; a margin stops at the array's end; nothing gives length 0."""
+    mask = np.zeros((5, 6, 7), bool)
+    mask[1, 2, 3] = mask[3, 2, 6] = True
+    assert boxOf(mask) == (slice(1, 4), slice(2, 3), slice(3, 7))
+    assert boxOf(mask, margin=2) == (slice(0, 5), slice(0, 5), slice(1, 7))
+    assert mask[boxOf(np.zeros((5, 6, 7), bool))].size == 0
