@@ -1,7 +1,9 @@
 """Make the network, teach it and question it."""
 
+import gc
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import segmentation_models_pytorch as smp
@@ -143,6 +145,7 @@ def _loss(model, criterion, image, label):
 
 def _epoch(name, step, model, loader, device, transform, remark):
     """Gives the sum over samples of the losses that `step` gives for each batch."""
+    gc.collect()  # of an earlier epoch's workers: collected in a forked worker, they complain there
     model.to(memory_format=torch.channels_last)
     losses, sizes, total = [], [], 0.0
     bar = tqdm(loader, name, leave=False)
@@ -204,7 +207,36 @@ def predict(paths, model, transform=None, patchStride=None, device=None, mirror=
         ValueError, FileNotFoundError: what `readCase` says of bad data; the transform changes the shape; a stride that
             leaves pixels out.
     """
-    device = torch.device(device or config.DEVICE)
+    options = {'patchStride': patchStride, 'device': device, 'mirror': mirror, 'probabilities': probabilities}
+    return _segment(*_prepare(paths, transform), model, **options)
+
+
+def predictAll(df, model, transform=None, **options):
+    """Segments the patients of a file list one after the other; the next is read while one is predicted.
+
+    Args:
+        df: file list.
+        model, transform: as in `predict`.
+        **options: `patchStride`, `device`, `mirror`, `probabilities` as in `predict`.
+
+    Yields:
+        (patient, what `predict` gives of it).
+
+    Raises:
+        ValueError, FileNotFoundError: as `predict` does, when the patient's turn comes.
+    """
+    rows = [paths for _, paths in df.iterrows()]
+    with ThreadPoolExecutor(1) as reader:  # unpacking leaves the interpreter's lock
+        coming = reader.submit(_prepare, rows[0], transform) if rows else None
+        for number, patient in enumerate(tqdm(df.index, 'predict', leave=False)):
+            case = coming.result()
+            if number + 1 < len(rows):
+                coming = reader.submit(_prepare, rows[number + 1], transform)
+            yield patient, _segment(*case, model, **options)
+
+
+def _prepare(paths, transform):
+    """Gives x (D, C, W, H), y (D, W, H) or None, and where there is brain, bool (D, W, H), of one patient."""
     image, label = readCase(paths)
     isBrain = torch.from_numpy((image != 0).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
     x, y = transformCase(image, label, volumeTransform() if transform is None else transform)
@@ -213,7 +245,11 @@ def predict(paths, model, transform=None, patchStride=None, device=None, mirror=
             f'{patientOf(paths)}: the transform made shape {tuple(x.shape)} of {image.shape}; it must stay.'
         )
     x = x.permute(3, 0, 1, 2).contiguous()  # (C, W, H, D) -> (D, C, W, H)
-    y = None if y is None else y.permute(2, 0, 1).contiguous()
+    return x, None if y is None else y.permute(2, 0, 1).contiguous(), isBrain
+
+
+def _segment(x, y, isBrain, model, patchStride=None, device=None, mirror=False, probabilities=False):
+    device = torch.device(device or config.DEVICE)
     yhat = torch.zeros(isBrain.shape, dtype=torch.int64)
     probability = torch.zeros(len(x), config.NO_CLASSES, *x.shape[2:]) if probabilities else None
     if probabilities:

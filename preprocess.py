@@ -12,8 +12,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from tqdm.auto import tqdm
 
 import config
+from cohort import annotated
 from files import writeWhole
-from patients import annotated, readCase
+from patients import readCase
 
 FORMAT = 1  # of the patch file; raised when its layout changes, so that older files are made anew
 

@@ -10,16 +10,21 @@ import pandas as pd
 import torch
 
 import config
+from checks import checkFiles
+from cohort import describeCohort, readSplit, split, splitFolds, writeSplit
 from files import writeWhole
 from gifs import makeGifs
 from metrics import computeMetrics
-from patients import makeFileList, saveSegmentation, split
+from patients import makeFileList
 from pictures import plotCurves, plotPrediction, plotSample, plotTransforms
 from preprocess import maskFunction, transformCase
+from results import saveProbabilities, saveSegmentation
 
 __all__ = [
     'BRATSDataset',
+    'checkFiles',
     'computeMetrics',
+    'describeCohort',
     'loadCheckpoint',
     'makeCheckpoint',
     'makeFileList',
@@ -30,8 +35,12 @@ __all__ = [
     'plotSample',
     'plotTransforms',
     'readHistory',
+    'readSplit',
+    'saveProbabilities',
     'saveSegmentation',
     'split',
+    'splitFolds',
+    'writeSplit',
 ]
 
 CHECKPOINT_FORMAT = 1  # raised when a checkpoint's layout changes

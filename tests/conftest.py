@@ -4,6 +4,20 @@ import pytest
 
 import config
 
+COLUMNS = ['t1', 't1ce', 't2', 'flair', 'seg']
+
+
+def touch(folder, *names):
+    """Makes empty files below a folder."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def names(patient, columns=COLUMNS, ending='.nii.gz'):
+    """Gives the names of a patient's files as BraTS laid them out until 2021."""
+    return [f'{patient}/{patient}_{column}{ending}' for column in columns]
+
 
 @pytest.fixture(autouse=True)
 def freshConfig(tmp_path, monkeypatch):

@@ -1,9 +1,13 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import config
+
+HOME = Path(config.__file__).parent
 
 
 def test_config_followsWhatIsAssigned():
@@ -19,17 +23,43 @@ def test_config_findsTheFolderInTheEnvironment(tmp_path, monkeypatch):
     """BRATS_FOLDER is the data folder of a process that starts with it."""
     code = 'import config; print(config.DATA_FOLDER)'
     monkeypatch.setenv('BRATS_FOLDER', str(tmp_path))
-    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd='.')
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=HOME)
     assert found.stdout.strip() == str(tmp_path)
 
 
 def test_config_importsNothingHeavy():
     """Importing config neither imports torch nor touches a device: loader workers import it."""
     code = 'import config, sys; print("torch" in sys.modules)'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == 'False'
+    assert (
+        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=HOME).stdout.strip() == 'False'
+    )
 
 
 def test_config_refusesAnUnknownName():
     """A name that config does not have is an AttributeError, so a typing error does not pass."""
     with pytest.raises(AttributeError, match='BATCH_SIZE'):
         _ = config.BATCH_SIZE
+
+
+def test_config_saysWhatToChooseOnACardWithoutKernels(monkeypatch, capsys):
+    """A card that is there but runs no kernel of this build: the CPU, and the sentence that names the cure."""
+
+    def fail(*args, **options):
+        raise RuntimeError('CUDA error: no kernel image is available for execution on the device\nmore')
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'Tesla P100-PCIE-16GB')
+    monkeypatch.setattr(torch, 'ones', fail)
+    assert config._findDevice.__wrapped__() == 'cpu'
+    printed = capsys.readouterr().out
+    assert 'Tesla P100' in printed and 'no kernel image' in printed and 'choose the accelerator GPU T4' in printed
+
+
+@pytest.mark.parametrize(('cuda', 'mps', 'device'), [(False, True, 'mps'), (False, False, 'cpu'), (True, True, 'cuda')])
+def test_config_findsTheDeviceByTryingIt(monkeypatch, cuda, mps, device):
+    """A card that computes comes first, then Apple's mps, then the CPU; the name is a string."""
+    ones = torch.ones
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
+    monkeypatch.setattr(torch, 'ones', lambda *size, device: ones(*size))
+    assert config._findDevice.__wrapped__() == device

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -205,3 +206,54 @@ def test_predict_seesWhatTheTrainingSees(writeCase, tmp_path):
     x, _, _ = engine.predict(paths, makeNetwork())
     image, _ = preprocess.transformCase(engine.readCase(paths)[0], None, preprocess.volumeTransform())
     assert torch.equal(x.permute(1, 2, 3, 0), image)
+
+
+def test_makeNetwork_followsConfig():
+    """Channels follow the modalities, classes NO_CLASSES; the device is config.DEVICE."""
+    config.ENCODER_NAME, config.DECODER_CHANNELS = 'resnet18', (32, 16, 16, 8, 8)
+    config.MODALITIES = ('t1', 't1ce', 't2', 'flair')
+    network = engine.makeNetwork()
+    assert network(torch.zeros(2, 4, 64, 32)).shape == (2, 4, 64, 32)
+
+
+def test_makeNetwork_goesOnWithRandomWeightsOffline(monkeypatch, capsys, recwarn):
+    """Where the download fails, that is printed, not warned of, and the network starts from random weights."""
+    asked, real = [], smp.Unet
+
+    def offline(name, encoder_weights, **options):
+        asked.append(encoder_weights)
+        if encoder_weights:
+            raise OSError('the hub cannot be reached\nsecond line')
+        return real(name, encoder_weights=None, **options)
+
+    monkeypatch.setattr(smp, 'Unet', offline)
+    config.ENCODER_NAME, config.ENCODER_WEIGHTS = 'resnet18', 'imagenet'
+    assert isinstance(engine.makeNetwork(), real) and asked == ['imagenet', None]
+    printed = capsys.readouterr().out
+    assert 'No imagenet weights for resnet18 (the hub cannot be reached)' in printed and not recwarn.list
+
+
+def test_precision_isOfTheDevice(monkeypatch):
+    """A card with native bfloat16 gets it, an older one float16, mps none."""
+    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation, native=native: native)
+        assert engine.precision('cuda') is expected
+    assert engine.precision('mps') is None
+
+
+def test_predictAll_givesWhatPredictGives(writeCase):
+    """One patient after the other, in the list's order, each as predict gives it; an error names its patient."""
+    rows = {name: makePatient(lambda volumes, name=name: writeCase(volumes, name))[0] for name in PATIENTS}
+    df = pd.DataFrame.from_dict(rows, orient='index')
+    network = makeNetwork()
+    found = dict(engine.predictAll(df, network, patchStride=24))
+    assert list(found) == PATIENTS
+    for name in PATIENTS:
+        for one, other in zip(found[name], engine.predict(df.loc[name], network, patchStride=24), strict=True):
+            assert torch.equal(one, other)
+    df.loc[PATIENTS[1], 't2'] = 'gone.nii.gz'
+    with pytest.raises(FileNotFoundError, match=rf'{PATIENTS[1]}: gone\.nii\.gz'):
+        list(engine.predictAll(df, network))
+
+
+PATIENTS = ['BraTS20_Training_001', 'BraTS20_Training_002', 'BraTS20_Training_003']

@@ -5,27 +5,11 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import COLUMNS, names, touch
 
 import config
 import patients
-
-COLUMNS = ['t1', 't1ce', 't2', 'flair', 'seg']
-
-
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-
-
-def names(patient, columns=COLUMNS, ending='.nii.gz'):
-    return [f'{patient}/{patient}_{column}{ending}' for column in columns]
-
-
-def listOf(ids, seg=True):
-    rows = {patient: [f'{patient}_{column}.nii' for column in COLUMNS] for patient in ids}
-    table = pd.DataFrame.from_dict(rows, orient='index', columns=COLUMNS)
-    return table if seg else table.assign(seg=None)
+import results
 
 
 def test_makeFileList_findsBothYearsHoweverDeep(tmp_path):
@@ -71,7 +55,7 @@ def test_makeFileList_refusesAPatientTwice(tmp_path):
 def test_makeFileList_asksForTheEditionOfForeignNames(tmp_path):
     """A name that tells no edition is refused until config.EDITION declares one."""
     touch(tmp_path, *names('Smith'))
-    with pytest.raises(ValueError, match=r'Smith_\w+\.nii\.gz cannot be told .* config\.EDITION'):
+    with pytest.raises(ValueError, match=r'Smith_\w+\.nii\.gz: the edition cannot be told .* config\.EDITION'):
         patients.makeFileList(tmp_path)
     config.EDITION = 'BraTS2020'
     assert list(patients.makeFileList(tmp_path).index) == ['Smith']
@@ -82,54 +66,6 @@ def test_makeFileList_refusesAFolderWithoutPatients(tmp_path, folder):
     """A folder that is not there, or empty, is named."""
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         patients.makeFileList(tmp_path / folder)
-
-
-def test_split_isAPartitionBySeed():
-    """Every annotated patient is in one set; the same seed gives the same sets, another seed others."""
-    table = listOf([f'BraTS2021_{number:05d}' for number in range(40)])
-    sets = patients.split(table)
-    assert [len(part) for part in sets] == [28, 6, 6]
-    assert sorted(itertools.chain(*(part.index for part in sets))) == list(table.index)
-    again = patients.split(table.sample(frac=1, random_state=1))
-    assert all(list(a.index) == list(b.index) for a, b in zip(sets, again, strict=True))
-    config.SEED = 1
-    assert list(patients.split(table)[2].index) != list(sets[2].index)
-
-
-@pytest.mark.parametrize('number', range(3, 12))
-def test_split_leavesNoSetEmptyFromThreePatientsOn(number):
-    """However few the patients, each of the three sets has one."""
-    assert all(len(part) for part in patients.split(listOf([f'BraTS2021_{i:05d}' for i in range(number)])))
-
-
-def test_split_countsThoseWithoutSegmentation(capsys):
-    """Patients without a seg, None or NaN, are in no set, and their number is printed."""
-    table = listOf([f'BraTS2021_{number:05d}' for number in range(6)])
-    table.loc['BraTS2021_00001', 'seg'] = None
-    table.loc['BraTS2021_00004', 'seg'] = np.nan
-    sets = patients.split(table)
-    assert sum(map(len, sets)) == 4
-    assert '2 of 6 patients have no segmentation' in capsys.readouterr().out
-    with pytest.raises(ValueError, match='None of the 6'):
-        patients.split(table.assign(seg=None))
-
-
-def test_split_keepsTheMixOfGrades(tmp_path):
-    """With 30 HGG and 10 LGG in name_mapping.csv every set has three HGG to one LGG."""
-    ids = [f'BraTS20_Training_{number:03d}' for number in range(40)]
-    for patient in ids:
-        touch(tmp_path, *names(patient))
-    grades = ['HGG'] * 30 + ['LGG'] * 10
-    pd.DataFrame({'Grade': grades, 'BraTS_2020_subject_ID': ids}).to_csv(tmp_path / 'name_mapping.csv', index=False)
-    config.VAL_FRACTION = config.TEST_FRACTION = 0.2
-    table = patients.makeFileList(tmp_path)
-    told = patients.readGrades(table)
-    assert list(told) == grades
-    assert [told[part.index].value_counts().to_dict() for part in patients.split(table)] == [
-        {'HGG': 18, 'LGG': 6},
-        {'HGG': 6, 'LGG': 2},
-        {'HGG': 6, 'LGG': 2},
-    ]
 
 
 def volumesOf(image, label=None):
@@ -164,7 +100,7 @@ def test_readCase_mendsEveryAxisOrder(writeCase):
             np.testing.assert_array_equal(read, image)
             np.testing.assert_array_equal(classes, label)
             yhat = label.transpose(2, 0, 1)
-            patients.saveSegmentation(yhat, paths, Path(paths['seg']).parent / 'out.nii.gz')
+            results.saveSegmentation(yhat, paths, Path(paths['seg']).parent / 'out.nii.gz')
             written, source = nib.load(Path(paths['seg']).parent / 'out.nii.gz'), nib.load(paths['t1ce'])
             assert nib.aff2axcodes(written.affine) == nib.aff2axcodes(source.affine)
             np.testing.assert_array_equal(np.asarray(written.dataobj), nib.apply_orientation(label, toFile))
@@ -194,7 +130,7 @@ def spoil(kind):
     volumes = volumesOf(image, label)
     if kind == 'unknown label':
         label[0, 0, 0] = 3
-        return volumes, r'_seg\.nii\.gz has the labels \[0, 3\]; its edition knows \[0, 1, 2, 4\]'
+        return volumes, r'_seg\.nii\.gz has the labels \[0, 3\], but BraTS2020 knows \[0, 1, 2, 4\]'
     if kind in ('nan', 'inf', '2e6', '-2e6'):
         image[1, 0, 0, 0] = float(kind)
         return volumes, r'_t2\.nii\.gz cannot be used: its values run from'
@@ -204,7 +140,7 @@ def spoil(kind):
     if kind == 'shape':
         return {**volumes, 'flair': np.ones((4, 5, 7), np.int16)}, r'flair\.nii\.gz has \(4, 5, 7\) voxels, t1ce has'
     if kind == 'dimension':
-        return {**volumes, 't1ce': np.ones((4, 5, 6, 2), np.int16)}, r'its header says \(4, 5, 6, 2\); a 3-D volume'
+        return {**volumes, 't1ce': np.ones((4, 5, 6, 2), np.int16)}, r'its header says \(4, 5, 6, 2\); 3 dimensions'
     raise AssertionError(kind)
 
 
@@ -245,54 +181,105 @@ def test_readCase_refusesAMissingModality(writeCase):
         patients.readCase(paths)
 
 
-def test_saveSegmentation_writesTheImagesGridAndTheEditionsLabels(writeCase, tmp_path):
-    """Opened again: labels 0, 1, 2, 4 as uint8 without scaling, shape, sform, qform and codes of the images."""
-    affine = np.array([[-1, 0, 0, 3], [0, -1, 0, 239], [0, 0, 1.5, -7], [0, 0, 0, 1]])
-    paths = writeCase(volumesOf(np.ones((3, 4, 5, 6), np.int16)), affine=affine)
-    image = nib.load(paths['t1ce'])
-    image.set_qform(affine, 1)
-    image.set_sform(affine, 4)
-    nib.save(image, paths['t1ce'])
-    yhat = np.zeros((6, 4, 5), np.int64)  # (D, W, H) in RAS order
-    yhat[5, 0, 0], yhat[0, 3, 4], yhat[2, 1, 3] = 1, 2, 3
-    patients.saveSegmentation(yhat, paths, tmp_path / 'new' / 'out.nii.gz')
-    written = nib.load(tmp_path / 'new' / 'out.nii.gz')
-    assert written.get_data_dtype() == np.uint8 and (written.dataobj.slope, written.dataobj.inter) == (1, 0)
-    for kind in ('get_sform', 'get_qform'):
-        (found, code), (expected, expectedCode) = getattr(written, kind)(True), getattr(image, kind)(True)
-        np.testing.assert_array_equal(found, expected)
-        assert code == expectedCode
-    stored = np.asarray(written.dataobj)
-    assert stored.shape == (4, 5, 6) and (stored > 0).sum() == 3
-    assert stored[3, 4, 5] == 1 and stored[0, 0, 0] == 2 and stored[2, 1, 2] == 4  # LPS: both first axes are turned
+def writeLayout(edition, folder, cases):
+    """Writes cases (image (4, W, H, D) in the order of COLUMNS, classes (W, H, D)) as an edition lays them out."""
+    names = {
+        'BraTS2018': ('{g}/Brats18_CBICA_A{i}_1/Brats18_CBICA_A{i}_1_{c}', COLUMNS, '.nii.gz'),
+        'BraTS2019': ('{g}/BraTS19_2013_{i}_1/BraTS19_2013_{i}_1_{c}', COLUMNS, '.nii.gz'),
+        'BraTS2020': ('BraTS20_Training_{i:03d}/BraTS20_Training_{i:03d}_{c}', COLUMNS, '.nii'),
+        'BraTS2021': ('BraTS2021_{i:05d}/BraTS2021_{i:05d}_{c}', COLUMNS, '.nii.gz'),
+        'GLI': ('BraTS-GLI-{i:05d}-000/BraTS-GLI-{i:05d}-000-{c}', NEWER, '.nii.gz'),
+        'SSA': (
+            '95_Glioma/BraTS-SSA-{i:05d}-000/BraTS-SSA-{i:05d}-000-{c}',
+            ['t1n', 't1c', 't2W', 't2f', 'seg'],
+            '.nii.gz',
+        ),
+        'BraTS2024': ('BraTS-GLI-{i:05d}-101/BraTS-GLI-{i:05d}-101-{c}', NEWER, '.nii.gz'),
+    }
+    affine = np.array([[-1, 0, 0, 9], [0, -1, 0, 9], [0, 0, 1, 0], [0, 0, 0, 1]])
+    for number, (image, classes) in enumerate(cases, start=1):
+        label = LABELS.get(edition, np.array([0, 1, 2, 4]))[classes].astype(np.uint8)
+        if edition == 'Decathlon':
+            stacked = np.stack([image[3], image[0], image[1], image[2]], axis=-1)
+            save(stacked, affine, folder / f'Task01/imagesTr/BRATS_{number:03d}.nii.gz')
+            save(label, affine, folder / f'Task01/labelsTr/BRATS_{number:03d}.nii.gz')
+            (folder / 'Task01/imagesTr' / f'._BRATS_{number:03d}.nii.gz').touch()
+            continue
+        template, columns, ending = names[edition]
+        for column, volume in zip(columns, [*image, label], strict=True):
+            name = template.format(g='HGG' if number % 2 else 'LGG', i=number, c=column)
+            save(volume, affine, folder / f'{name}{ending}')
 
 
-def test_saveSegmentation_keepsAGridWithoutSform(writeCase, tmp_path):
-    """Where sform and qform codes are 0, theirs are 0 too."""
-    paths = writeCase(volumesOf(np.ones((3, 4, 5, 6), np.int16)))
-    image = nib.load(paths['t1ce'])
-    image.header['sform_code'] = image.header['qform_code'] = 0
-    plain = nib.Nifti1Image(np.asarray(image.dataobj), None, image.header)
-    for modality in config.MODALITIES:
-        nib.save(plain, paths[modality])
-    yhat = np.zeros((6, 4, 5), np.uint8)
-    yhat[1, 0, 2] = 3
-    patients.saveSegmentation(yhat, paths, tmp_path / 'out.nii')
-    written = nib.load(tmp_path / 'out.nii')
-    assert written.header['sform_code'] == 0 and written.header['qform_code'] == 0
-    np.testing.assert_array_equal(written.affine, nib.load(paths['t1ce']).affine)
-    _, classes = patients.readCase({**paths, 'seg': str(tmp_path / 'out.nii'), 't1': paths['t2']})
-    np.testing.assert_array_equal(classes.transpose(2, 0, 1), yhat)
+NEWER = ['t1n', 't1c', 't2w', 't2f', 'seg']
+LABELS = dict.fromkeys(['GLI', 'SSA', 'BraTS2024'], np.arange(4)) | {'Decathlon': np.array([0, 2, 1, 3])}
+LAYOUTS = ['BraTS2018', 'BraTS2019', 'BraTS2020', 'BraTS2021', 'GLI', 'SSA', 'BraTS2024', 'Decathlon']
 
 
-def test_saveSegmentation_refusesWhatIsNotASegmentation(writeCase, tmp_path):
-    """Another shape, a class beyond 3 and a name of another format are refused."""
-    paths = writeCase(volumesOf(np.ones((3, 4, 5, 6), np.int16)))
-    for yhat, name, words in (
-        (np.zeros((6, 5, 4), int), 'a.nii.gz', r'shape \(5, 4, 6\) was given, the images are \(4, 5, 6\)'),
-        (np.full((6, 4, 5), 4), 'a.nii.gz', r'classes \[4\] were given, 0 to 3 expected'),
-        (np.zeros((6, 4, 5), int), 'a.png', r'ends in \.nii or \.nii\.gz'),
+def save(volume, affine, file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(volume, affine), file)
+
+
+def makeCases(noCases, seed):
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 999, (noCases, 4, 6, 5, 4)).astype(np.int16)
+    return list(zip(images, generator.integers(0, 4, (noCases, 6, 5, 4)), strict=True))
+
+
+@pytest.mark.parametrize(('one', 'other'), list(itertools.combinations_with_replacement(LAYOUTS, 2)))
+def test_readCase_readsEveryPairOfEditionsInOneFolder(tmp_path, one, other):
+    """Two editions below one folder, undeclared but for 2024: the same patients and classes, voxel for voxel."""
+    if 'BraTS2024' in (one, other):
+        config.EDITION = 'BraTS2024'
+    config.MODALITIES = ('flair', 't1', 't1ce', 't2')
+    wanted = {}
+    for seed, edition in enumerate(dict.fromkeys([one, other])):
+        cases = makeCases(2, seed)
+        writeLayout(edition, tmp_path / edition, cases)
+        found = patients.makeFileList(tmp_path / edition)
+        wanted.update(zip(found.index, cases, strict=True))
+    table = patients.makeFileList(tmp_path)
+    assert list(table.index) == sorted(wanted)
+    for patient, paths in table.iterrows():
+        image, classes = patients.readCase(paths)
+        np.testing.assert_array_equal(image, wanted[patient][0][[3, 0, 1, 2], ::-1, ::-1])
+        np.testing.assert_array_equal(classes, wanted[patient][1][::-1, ::-1])
+        file = tmp_path / 'results' / f'{patient}.nii.gz'
+        results.saveSegmentation(classes.transpose(2, 0, 1), paths, file)
+        np.testing.assert_array_equal(np.asarray(nib.load(file).dataobj), np.asarray(nib.load(paths['seg']).dataobj))
+    assert list(patients.makeFileList(tmp_path).index) == sorted(wanted)  # the results are no patients
+
+
+def test_readCase_neverTakesTheCavityForEnhancingTumor(tmp_path):
+    """Label 4 in a 2023 name is refused with the hint at 2024; declared as 2024 it is background."""
+    image, classes = makeCases(1, 0)[0]
+    writeLayout('GLI', tmp_path, [(image, classes)])
+    paths = patients.makeFileList(tmp_path).iloc[0]
+    label = classes.astype(np.uint8)
+    label[classes == 0] = 4
+    save(label, nib.load(paths['seg']).affine, Path(paths['seg']))
+    with pytest.raises(
+        ValueError, match=r"labels \[1, 2, 3, 4\], but BraTS2023 knows .* config\.EDITION = 'BraTS2024'"
     ):
-        with pytest.raises(ValueError, match=words):
-            patients.saveSegmentation(yhat, paths, tmp_path / name)
-        assert not (tmp_path / name).exists()
+        patients.readCase(paths)
+    config.EDITION = 'BraTS2024'
+    np.testing.assert_array_equal(patients.readCase(paths)[1], classes[::-1, ::-1])
+
+
+def test_tellEdition_putsNamesBeforeWhatIsDeclared(tmp_path):
+    """A declared edition is for names that tell nothing: BraTS2021 stays BraTS2021."""
+    touch(tmp_path, *names('BraTS2021_00001'), *names('Smith'))
+    config.EDITION = 'BraTS2020'
+    table = patients.makeFileList(tmp_path)
+    assert [patients.tellEdition(paths) for _, paths in table.iterrows()] == ['BraTS2021', 'BraTS2020']
+    config.EDITION = 'BraTS2022'
+    with pytest.raises(ValueError, match="'BraTS2022'; known are BraTS2018, "):
+        patients.makeFileList(tmp_path)
+
+
+def test_spacingOf_followsPredictsAxes(writeCase):
+    """Voxels of 1 x 2 x 3 mm along right, front, top are (3, 1, 2) along predict's axes, whatever the file's order."""
+    turned = np.array([[0, 0, -1, 0], [2, 0, 0, 0], [0, 3, 0, 0], [0, 0, 0, 1]])
+    paths = writeCase(volumesOf(np.ones((3, 4, 5, 6), np.int16)), affine=turned)
+    assert patients.spacingOf(paths) == (3, 1, 2)
