@@ -16,6 +16,7 @@ TEST_FRACTION = 0.15  # of the same; looked at once, at the end
 # Patches. TRAIN_FILE and VAL_FILE lie in OUTPUT_FOLDER.
 PATCH_SIZE = 128  # pixels, both axes; a multiple of 2 ** ENCODER_DEPTH
 PATCH_STRIDE = 112  # pixels; 240 pixels give the starts 0 and 112
+PREPROCESS_WORKERS = 2  # threads that read and cut patients; each holds one, about 0.4 GB
 BACKGROUND_SHARE = 0.0  # of the brain patches without tumor that are kept; 0 is the document's, more costs time
 STRETCH_PERCENTILES = (0.5, 99.5)  # of the brain's intensities, mapped to STRETCH_RANGE; the rest is clamped
 STRETCH_RANGE = (-1, 1)  # the background gets the lower end

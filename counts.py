@@ -74,23 +74,15 @@ def asSpacing(spacing, dimensions):
     return array
 
 
-def boxOf(mask, margin=0):
-    """Gives the slices, one an axis, of the smallest box that holds all that is not 0 in a mask, and a margin.
-
-    Args:
-        mask: array of any shape.
-        margin: voxels around it, as far as the array reaches.
-
-    Returns:
-        tuple of slices; all of length 0 where the mask is empty.
-    """
+def boxOf(mask):
+    """Gives the slices, one an axis, of the smallest box that holds all that is not 0; of length 0 if all is."""
     box = []
-    for axis, length in enumerate(mask.shape):
+    for axis in range(mask.ndim):
         others = tuple(other for other in range(mask.ndim) if other != axis)
         where = np.flatnonzero(mask.any(others))
         if len(where) == 0:
             return (slice(0, 0),) * mask.ndim
-        part = slice(max(int(where[0]) - margin, 0), min(int(where[-1]) + margin + 1, length))
+        part = slice(int(where[0]), int(where[-1]) + 1)
         mask = mask[(slice(None),) * axis + (part,)]  # the axes that follow have less to look through
         box.append(part)
     return tuple(box)
@@ -100,8 +92,12 @@ def countJoint(y, yhat):
     """Gives int64 (4, 4): how many voxels have the class of the row in truth and that of the column in prediction.
 
     Args:
-        y, yhat: uint8 of one shape, classes 0 to 3, as `asPair` gives them.
+        y, yhat: tensors or arrays of integers of one shape, classes 0 to 3.
+
+    Raises:
+        ValueError: other shapes, dtypes or classes.
     """
+    y, yhat = asPair(y, yhat)
     box = boxOf(y | yhat)
     codes = y[box] * np.uint8(config.NO_CLASSES) + yhat[box]
     joint = np.bincount(codes.ravel(), minlength=config.NO_CLASSES**2).reshape(config.NO_CLASSES, -1)
@@ -130,4 +126,4 @@ def countClasses(y, yhat):
     Raises:
         ValueError: other shapes, dtypes or classes.
     """
-    return splitJoint(countJoint(*asPair(y, yhat)))
+    return splitJoint(countJoint(y, yhat))

@@ -240,12 +240,9 @@ def _prepare(paths, transform):
     image, label = readCase(paths)
     isBrain = torch.from_numpy((image != 0).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
     x, y = transformCase(image, label, volumeTransform() if transform is None else transform)
-    if x.shape[1:] != image.shape[1:]:
-        raise ValueError(
-            f'{patientOf(paths)}: the transform made shape {tuple(x.shape)} of {image.shape}; it must stay.'
-        )
-    x = x.permute(3, 0, 1, 2).contiguous()  # (C, W, H, D) -> (D, C, W, H)
-    return x, None if y is None else y.permute(2, 0, 1).contiguous(), isBrain
+    if x.permute(1, 2, 3, 0).shape != image.shape:
+        raise ValueError(f'{patientOf(paths)}: the transform made {tuple(x.shape)} of {image.shape[1:]}; it must stay.')
+    return x, None if y is None else y.long(), isBrain
 
 
 def _segment(x, y, isBrain, model, patchStride=None, device=None, mirror=False, probabilities=False):

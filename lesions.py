@@ -51,7 +51,7 @@ def matchLesions(truth, prediction, spacing=(1, 1, 1)):
     Returns:
         Match.
     """
-    box = boxOf(truth | prediction, margin=config.LESION_DILATION)
+    box = boxOf(truth | prediction)  # dilations that meet beyond it meet inside too
     truth, prediction = truth[box], prediction[box]
     neighbours = ndimage.generate_binary_structure(3, 2)  # 18: across a face or an edge
     grown = ndimage.binary_dilation(truth, neighbours, iterations=config.LESION_DILATION)
@@ -92,7 +92,7 @@ def scoreLesions(y, yhat, spacing=(1, 1, 1)):
     """
     y, yhat = asVolumes(y, yhat)
     spacing = asSpacing(spacing, 3)
-    box = boxOf(y | yhat, margin=config.LESION_DILATION)
+    box = boxOf(y | yhat)
     y, yhat = y[box], yhat[box]
     rows = {}
     for region in ('WT', 'TC', 'ET'):

@@ -1,6 +1,5 @@
 """Find the patients in a folder and read one."""
 
-import gzip
 import os
 import re
 import zlib
@@ -10,11 +9,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from isal import igzip
 
 import config
 
 COLUMNS = ('t1', 't1ce', 't2', 'flair', 'seg')
 MAX_MAGNITUDE = 1e6  # no scanner writes more; float32 and the percentiles stay exact below it
+UNKNOWN = 255  # stands for a label without a class until it is refused
 MAX_VOXELS = 2**27  # 512 x 512 x 512: a header that promises more is broken, and is refused before memory is asked for
 
 
@@ -211,7 +212,8 @@ def readCase(paths):
             raise FileNotFoundError(f'{patient}: no file for the modality {modality} of config.MODALITIES.')
         volume, affine = readVolume(paths[modality], patient, channels.get(modality), opened)
         if image is None:
-            image = np.empty((len(config.MODALITIES), *volume.shape), np.float32)
+            # in memory as in the files, whose first axis is the fastest: to turn it around takes longer than to read it
+            image = np.empty((len(config.MODALITIES), *volume.shape[::-1]), np.float32).transpose(0, 3, 2, 1)
             grid = affine
         checkGrid(paths, modality, volume.shape, affine, image.shape[1:], grid)
         image[place] = volume
@@ -284,14 +286,17 @@ def _unpack(nifti, path, dimensions):
         raise ValueError(
             f'its header says {nifti.shape}; {dimensions} dimensions and at most 512 x 512 x 512 voxels were expected'
         )
-    if str(path).lower().endswith('.gz'):
-        # nibabel stops behind the last voxel and never meets the checksum that tells a damaged file
-        with gzip.open(path) as file:
-            content = file.read(int(nifti.dataobj.offset) + nifti.get_data_dtype().itemsize * int(np.prod(shape)))
-            while file.read(2**20):
-                pass
-        nifti = type(nifti).from_bytes(content)
-    return np.asanyarray(nifti.dataobj).reshape(shape)
+    if not str(path).lower().endswith('.gz'):
+        return np.asanyarray(nifti.dataobj).reshape(shape)
+    # nibabel stops behind the last voxel and never meets the checksum that tells a damaged file
+    start, dtype, count = int(nifti.dataobj.offset), nifti.get_data_dtype(), int(np.prod(shape))
+    with igzip.open(path) as file:
+        content = file.read(start + count * dtype.itemsize)
+        while file.read(2**20):
+            pass
+    volume = np.frombuffer(content, dtype, count, start).reshape(shape, order='F')
+    slope, inter = nifti.dataobj.slope, nifti.dataobj.inter
+    return volume if (slope, inter) == (1, 0) else volume * slope + inter
 
 
 def checkGrid(paths, column, shape, affine, expectedShape, expectedAffine):
@@ -309,20 +314,22 @@ def checkGrid(paths, column, shape, affine, expectedShape, expectedAffine):
 
 def toClasses(volume, paths):
     """Maps the labels of a segmentation, float or integer, to classes by the edition's table."""
-    labels = np.rint(volume)
-    if np.abs(volume - labels).max() > 1e-3:
-        raise ValueError(f'{patientOf(paths)}: {paths["seg"]} holds values between the labels; was it interpolated?')
+    labels = volume
+    if volume.dtype.kind == 'f':
+        labels = np.rint(volume)
+        if np.abs(volume - labels).max() > 1e-3:
+            raise ValueError(f'{patientOf(paths)}: {paths["seg"]} holds values between the labels; interpolated?')
     edition = tellEdition(paths)
-    classes = EDITIONS[edition].classes
-    found = {int(label) for label in np.unique(labels)}
-    if found - set(classes):
+    table = np.full(256, UNKNOWN, np.uint8)
+    for label, number in EDITIONS[edition].classes.items():
+        table[label] = number
+    isByte = labels.min() >= 0 and labels.max() <= 255
+    classes = table[labels.astype(np.uint8, copy=False)] if isByte else None
+    if classes is None or classes.max() == UNKNOWN:
+        found, known = (sorted(int(label) for label in some) for some in (np.unique(labels), EDITIONS[edition].classes))
         others = [name for name in EDITIONS if not EDITIONS[name].isTold and EDITIONS[name].parse(paths['seg'])]
         hint = f' Is it config.EDITION = {others[0]!r}?' if others and config.EDITION is None else ''
         raise ValueError(
-            f'{patientOf(paths)}: {paths["seg"]} has the labels {sorted(found)}, '
-            f'but {edition} knows {sorted(classes)}.{hint}'
+            f'{patientOf(paths)}: {paths["seg"]} has the labels {found[:9]}, but {edition} knows {known}.{hint}'
         )
-    table = np.zeros(max(classes) + 1, np.uint8)
-    for label, number in classes.items():
-        table[label] = number
-    return table[labels.astype(np.uint8)]
+    return classes

@@ -39,7 +39,8 @@ class _NotebookFigure(Figure):
         return {}  # and IPython goes on to the format that the backend has registered for figures
 
 
-def _newFigure(width, height):
+def newFigure(width, height):
+    """Gives an empty figure of width x height inches that a notebook shows once."""
     return plt.figure(FigureClass=_NotebookFigure, figsize=(width, height), dpi=90, layout='constrained')
 
 
@@ -60,22 +61,22 @@ def plotSample(paths):
     image, label = readCase(paths)
     brains = image != 0
     brain = brains.any(0)
-    number = _tellingSlice(*(mask.transpose(2, 0, 1) for mask in (label, brain) if mask is not None))
+    number = tellingSlice(*(mask.transpose(2, 0, 1) for mask in (label, brain) if mask is not None))
     box = cropBox(brain[..., number])
     names = list(config.MODALITIES) + ([] if label is None else ['classes'])
-    figure = _newFigure(2.1 * len(names) + (0 if label is None else 2), 2.1 * _tallness(box) + 0.6)
+    figure = newFigure(2.1 * len(names) + (0 if label is None else 2), 2.1 * tallness(box) + 0.6)
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for channel, (panel, name) in enumerate(zip(panels, names, strict=False)):
         if name == 'classes':
             channel = _shownChannel(len(image))
             name = f'classes over {config.MODALITIES[channel]}'
-        _showSlice(panel, image[channel, ..., number][box], displayWindow(image[channel], brains[channel]), name)
-    _markSides(panels[0])
+        showSlice(panel, image[channel, ..., number][box], displayWindow(image[channel], brains[channel]), name)
+    markSides(panels[0])
     title = f'{patientOf(paths)}, axial slice {number} of {image.shape[3]}'
     if label is None:
         title += ', no segmentation'
     else:
-        _showClasses(panels[-1], label[..., number][box])
+        showClasses(panels[-1], label[..., number][box])
         place = {'loc': 'center left', 'bbox_to_anchor': (1, 0.5)}
         _addLegend(panels[-1], config.CLASS_NAMES[1:], config.CLASS_COLORS[1:], label, 'voxels', **place)
     figure.suptitle(title)
@@ -97,20 +98,22 @@ def plotTransforms(image, label, transforms):
         matplotlib Figure. All panels of a row have the same grey scale, that of its first.
     """
     columns = transforms.items() if isinstance(transforms, dict) else [('as stored', None), *_leaves(transforms)]
-    image, label = torch.as_tensor(image)[..., None], torch.as_tensor(label)[..., None]  # a volume of depth 1
-    figure = _newFigure(max(1.2 * len(columns) + 0.4, 4.5), 1.2 * len(image) + 0.7)
+    image, label = torch.as_tensor(image), torch.as_tensor(label)
+    figure = newFigure(max(1.2 * len(columns) + 0.4, 4.5), 1.2 * len(image) + 0.7)
     panels = figure.subplots(len(image), len(columns), squeeze=False)
     windows = [displayWindow(channel.numpy(), isBrain(channel.numpy())) for channel in image]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.SEED)
         for column, (name, transform) in enumerate(columns):
-            images, classes = (image, label) if transform is None else transformCase(image, label, transform)
+            images, classes = image, label
+            if transform is not None:  # as a volume of depth 1
+                (images,), (classes,) = transformCase(image[..., None], label[..., None], transform)
             for row, panel in enumerate(panels[:, column]):
-                _showSlice(panel, images[row, ..., 0].numpy(), windows[row], name if row == 0 else '')
-                _outlineClasses(panel, classes[..., 0].numpy())
+                showSlice(panel, images[row].numpy(), windows[row], name if row == 0 else '')
+                _outlineClasses(panel, classes.numpy())
     for panel, name in zip(panels[:, 0], _channelNames(len(image)), strict=True):
         panel.set_ylabel(name)
-    _markSides(panels[0, 0])
+    markSides(panels[0, 0])
     lines = [Line2D([], [], color=color) for color in config.CLASS_COLORS[1:]]
     place = {'loc': 'outside lower center', 'ncols': len(lines), 'frameon': False, 'fontsize': 9}
     figure.legend(lines, config.CLASS_NAMES[1:], **place)
@@ -133,7 +136,7 @@ def plotCurves(history):
     missing = {'epoch', 'trainLoss', 'valLoss'} - set(history)
     if missing or len(history) == 0:
         raise ValueError(f'A history of {len(history)} epochs without the columns {sorted(missing)} has no curves.')
-    figure = _newFigure(7, 4)
+    figure = newFigure(7, 4)
     panel = figure.subplots()
     style = {'marker': '.' if len(history) < 40 else None}
     panel.plot(history['epoch'], history['trainLoss'], color='#777777', label='training', **style)
@@ -170,12 +173,12 @@ def plotPrediction(x, y, yhat, title=None):
     """
     volume, modality, shown = unpackPrediction(x, y, yhat)
     brain = isBrain(volume)
-    number = _tellingSlice(*shown.values(), brain)
+    number = tellingSlice(*shown.values(), brain)
     shown = {name: classes[number] for name, classes in shown.items()}
     box = cropBox(brain[number] | np.any([classes > 0 for classes in shown.values()], axis=0))
     names = [modality, *shown] + ([] if y is None else ['errors'])
-    heights = 2.2 * _tallness(box), 0.65  # inches; of the images and of the legends below them
-    figure = _newFigure(2.2 * len(names), sum(heights) + 0.6)
+    heights = 2.2 * tallness(box), 0.65  # inches; of the images and of the legends below them
+    figure = newFigure(2.2 * len(names), sum(heights) + 0.6)
     rows = figure.subplots(2, len(names), height_ratios=heights)
     panels, below = (dict(zip(names, row, strict=True)) for row in rows)
     for panel in below.values():
@@ -183,15 +186,15 @@ def plotPrediction(x, y, yhat, title=None):
     low, high = displayWindow(volume, brain)
     for name, panel in panels.items():
         # half as bright below the errors, so that white stands for them alone
-        _showSlice(panel, volume[number][box], (low, 2 * high - low if name == 'errors' else high), name)
+        showSlice(panel, volume[number][box], (low, 2 * high - low if name == 'errors' else high), name)
     for name, classes in shown.items():
-        _showClasses(panels[name], classes[box])
+        showClasses(panels[name], classes[box])
         _addLegend(below[name], config.CLASS_NAMES[1:], config.CLASS_COLORS[1:], classes, 'pixels', loc='upper center')
     if y is not None:
         errors = _errorMap(**shown)
-        _showClasses(panels['errors'], errors[box], ('#000000', *ERRORS.values()), opacity=1)
+        showClasses(panels['errors'], errors[box], ('#000000', *ERRORS.values()), opacity=1)
         _addLegend(below['errors'], ERRORS, ERRORS.values(), errors, 'pixels', loc='upper center')
-    _markSides(panels[modality])
+    markSides(panels[modality])
     figure.suptitle(f'{title or "Prediction"}, axial slice {number} of {len(volume)}', fontsize=10)
     return figure
 
@@ -240,7 +243,7 @@ def displayWindow(volume, mask):
     return low, max(high, low + 1e-6)
 
 
-def _tellingSlice(*volumes):
+def tellingSlice(*volumes):
     """Gives the number of the fullest slice of the first volume (D, W, H) that has any, else the middle one."""
     for volume in volumes:
         counts = np.count_nonzero(volume, axis=(1, 2))
@@ -259,13 +262,13 @@ def cropBox(mask, margin=4):
     return tuple(box)
 
 
-def _tallness(box):
+def tallness(box):
     """Gives height over width of what a box of two slices cuts out, within what a figure can take."""
     width, height = (cut.stop - cut.start for cut in box)
     return min(max(height / width, 0.5), 2)
 
 
-def _showSlice(panel, image, window, title):
+def showSlice(panel, image, window, title):
     """Shows one slice (first axis to the right, second up) between two intensities, without ticks."""
     # voxels as they are, in the greys that an eye tells apart: also a PNG of half the size
     style = {'cmap': plt.get_cmap('gray', 32), 'interpolation': 'nearest', 'origin': 'lower'}
@@ -275,7 +278,8 @@ def _showSlice(panel, image, window, title):
     panel.spines[:].set_visible(False)
 
 
-def _showClasses(panel, classes, colors=None, opacity=OPACITY):
+def showClasses(panel, classes, colors=None, opacity=OPACITY):
+    """Lays the classes 1, 2, ... of one slice over what a panel shows; `colors` has one for class 0 too."""
     colors = colors or config.CLASS_COLORS
     style = {'cmap': ListedColormap(colors), 'interpolation': 'nearest', 'origin': 'lower', 'alpha': opacity}
     panel.imshow(np.ma.masked_equal(classes.T, 0), vmin=0, vmax=len(colors) - 1, **style)
@@ -288,7 +292,7 @@ def _outlineClasses(panel, classes):
             panel.contour(isClass, levels=[0.5], colors=[config.CLASS_COLORS[number]], linewidths=1)
 
 
-def _markSides(panel):
+def markSides(panel):
     """Says on a panel where the patient's front and right are."""
     style = {'transform': panel.transAxes, 'color': 'white', 'fontsize': 8}
     style['path_effects'] = [withStroke(linewidth=2, foreground='black')]  # to be read over a bright brain, too

@@ -2,6 +2,9 @@
 
 import json
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import h5py
@@ -34,6 +37,9 @@ class StretchHistogram(tio.RescaleIntensity):
 
     def rescale(self, tensor, mask, image_name):
         array, mask = tensor.numpy(), mask.numpy()
+        isTurned = array.flags.f_contiguous  # as volumes come from their files: masks are fast along the memory only
+        if isTurned:
+            array, mask = array.T, mask.T
         values = array[mask].astype(np.float32)
         low, high = np.percentile(values, self.percentiles) if values.size else (0, 0)
         if self.in_min_max is not None:
@@ -41,8 +47,11 @@ class StretchHistogram(tio.RescaleIntensity):
         stretched = np.full(array.shape, self.out_min, np.float32)
         if high > low:
             np.clip(values, low, high, out=values)
-            stretched[mask] = (values - low) * ((self.out_max - self.out_min) / (high - low)) + self.out_min
-        return torch.from_numpy(stretched)
+            values -= low
+            values *= (self.out_max - self.out_min) / (high - low)
+            values += self.out_min
+            stretched[mask] = values
+        return torch.from_numpy(stretched.T if isTurned else stretched)
 
 
 def imageKeys():
@@ -108,8 +117,8 @@ def transformCase(image, label, transform):
         transform: callable on a dict of `x1`, `x2`, ... and `y`, each (1, W, H, D).
 
     Returns:
-        image: float32 (C, W', H', D') tensor.
-        label: int64 (W', H', D') tensor, or None.
+        x: float32 (D', C, W', H') tensor, slices first.
+        y: uint8 (D', W', H') tensor, or None.
     """
     images = torch.as_tensor(image, dtype=torch.float32)  # affine, elastic and anisotropy refuse float16
     subject = {f'x{number}': channel[None] for number, channel in enumerate(images, start=1)}
@@ -117,8 +126,13 @@ def transformCase(image, label, transform):
     given = torch.zeros(images.shape[1:], dtype=torch.uint8) if label is None else torch.as_tensor(label)
     subject['y'] = given[None]
     subject = transform(subject)
-    images = torch.cat([subject[f'x{number}'] for number in range(1, len(images) + 1)]).float()
-    return images, None if label is None else subject['y'][0].round().long()
+    # joined as they lie in memory, where W is the fastest axis (see patients.readCase), and only looked at as W, H
+    channels = [subject[f'x{number}'][0].permute(2, 1, 0) for number in range(1, len(images) + 1)]
+    x = torch.stack(channels, dim=1).float().transpose(2, 3)
+    if label is None:
+        return x, None
+    y = subject['y'][0].permute(2, 0, 1)
+    return x, (y.round() if y.is_floating_point() else y).to(torch.uint8)
 
 
 def windowStarts(length, size, stride):
@@ -232,18 +246,12 @@ def _writePatches(part, dataframe, transform, dtype):
             chunks = (1, *shape) if shape else (4096,)  # one patch a chunk: a shuffled read fetches nothing else
             compression = {'compression': 'lzf', 'shuffle': True} if shape else {}
             file.create_dataset(name, (0, *shape), kind, chunks=chunks, maxshape=(None, *shape), **compression)
-        for number, (patient, paths) in enumerate(tqdm(dataframe.iterrows(), 'cut', len(dataframe), leave=False)):
-            image, label = readCase(paths)
-            isBrain = (image != 0).any(0)
-            image, label = (tensor.numpy() for tensor in transformCase(image, label, transform))
-            if dtype == np.float16 and np.abs(image).max() > 1:
+        cases = _cutAhead(dataframe, transform)
+        for number, (where, image, label) in enumerate(tqdm(cases, 'cut', len(dataframe), leave=False)):
+            if dtype == np.float16 and image.size and np.abs(image).max() > 1:
                 return False
-            where = _choosePatches(isBrain, label > 0, patient)
-            patches = {'image': _cut(image.astype(dtype), where), 'label': _cut(label.astype(np.uint8)[None], where)}
-            patches['label'] = patches['label'][:, 0]
-            patches |= {'case': np.full(len(where), number)} | dict(
-                zip(('slice', 'row', 'column'), where.T, strict=True)
-            )
+            patches = {'image': image.astype(dtype), 'label': label, 'case': np.full(len(where), number)}
+            patches |= dict(zip(('slice', 'row', 'column'), where.T, strict=True))
             for name, values in patches.items():
                 file[name].resize(len(file[name]) + len(values), axis=0)
                 if len(values):
@@ -251,13 +259,35 @@ def _writePatches(part, dataframe, transform, dtype):
     return True
 
 
+def _cutAhead(dataframe, transform):
+    """Yields where, image and label of the patches of each patient, in order; threads cut the next few meanwhile.
+
+    Threads, not processes: nearly all of the work leaves the interpreter's lock, and nothing has to be started.
+    """
+    rows = iter(dataframe.iterrows())
+    with ThreadPoolExecutor(config.PREPROCESS_WORKERS) as pool:
+        waiting = deque(pool.submit(_cutCase, *row, transform) for row in islice(rows, config.PREPROCESS_WORKERS))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(_cutCase, *row, transform) for row in islice(rows, 1))
+
+
+def _cutCase(patient, paths, transform):
+    """Gives of one patient where its patches lie, int (N, 3), float32 (N, C, 128, 128) and uint8 (N, 128, 128)."""
+    image, label = readCase(paths)
+    isBrain = (image != 0).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
+    x, y = (tensor.numpy() for tensor in transformCase(image, label, transform))
+    where = _choosePatches(isBrain, y > 0, patient)
+    return where, _cut(x, where), _cut(y[:, None], where)[:, 0]
+
+
 def _choosePatches(isBrain, isTumor, patient):
-    """Gives the (slice, row, column) of the patches to keep, sorted: int (N, 3)."""
+    """Gives the (slice, row, column) of the patches to keep, sorted: int (N, 3), of masks (D, W, H)."""
     size, stride = config.PATCH_SIZE, config.PATCH_STRIDE
-    rows, columns = (windowStarts(length, size, stride) for length in isTumor.shape[:2])
+    rows, columns = (windowStarts(length, size, stride) for length in isTumor.shape[1:])
     holds = np.array(
         [
-            [mask[row : row + size, column : column + size].any((0, 1)) for row in rows for column in columns]
+            [mask[:, row : row + size, column : column + size].any((1, 2)) for row in rows for column in columns]
             for mask in (isTumor, isBrain)
         ]
     )  # (2, windows, D)
@@ -268,13 +298,13 @@ def _choosePatches(isBrain, isTumor, patient):
 
 
 def _cut(volume, where):
-    """Cuts patches (N, C, 128, 128) from a volume (C, W, H, D); one smaller than a patch is padded with its minimum."""
+    """Cuts patches (N, C, 128, 128) from a volume (D, C, W, H); one smaller than a patch is padded with its minimum."""
     size = config.PATCH_SIZE
-    short = [max(size - length, 0) for length in volume.shape[1:3]]
+    short = [max(size - length, 0) for length in volume.shape[2:]]
     if any(short):
         # a label's minimum is 0 or, where the tumor fills all of the volume, would make tumor of padding
         value = 0 if volume.dtype == np.uint8 else volume.min()
-        volume = np.pad(volume, ((0, 0), (0, short[0]), (0, short[1]), (0, 0)), constant_values=value)
-    windows = sliding_window_view(volume, (size, size), axis=(1, 2))  # (C, W', H', D, 128, 128)
+        volume = np.pad(volume, ((0, 0), (0, 0), (0, short[0]), (0, short[1])), constant_values=value)
+    windows = sliding_window_view(volume, (size, size), axis=(2, 3))  # (D, C, W', H', 128, 128)
     slices, rows, columns = where.T
-    return windows[:, rows, columns, slices].swapaxes(0, 1)  # (C, N, 128, 128) -> (N, C, 128, 128)
+    return windows[slices, :, rows, columns]

@@ -129,7 +129,7 @@ def writeScores(scores, folder, **settings):
     Returns:
         DataFrame: what `metrics.scoreTable` makes of the scores.
     """
-    table = metrics.scoreTable(scores)
+    table = metrics.scoreTable(scores) if scores else pd.DataFrame(columns=['patient', 'region'])
     with writeWhole(Path(folder) / 'scores.csv') as part:
         table.to_csv(part, index=False)
     numbers = {name: value for name, value in vars(config).items() if name.isupper() and not name.startswith('_')}

@@ -57,7 +57,6 @@ def dropSmall(yhat, ml, spacing=(1, 1, 1)):
     box = boxOf(classes)
     parts, _ = labelParts(classes[box])
     isSmall = np.bincount(parts.ravel(), minlength=1) * voxel < ml
-    isSmall[0] = False  # that is the background
     dropped = np.zeros(classes.shape, bool)
     dropped[box] = isSmall[parts]
     return _replace(yhat, dropped, 0)

@@ -94,8 +94,8 @@ class BRATSDataset(torch.utils.data.Dataset):
         image, label = torch.from_numpy(self.file['image'][index]), torch.from_numpy(self.file['label'][index])
         if self.transform is None:
             return image.float(), label.long()
-        image, label = transformCase(image[..., None], label[..., None], self.transform)
-        return image[..., 0], label[..., 0]  # (C, W, H, 1) -> (C, W, H)
+        x, y = transformCase(image[..., None], label[..., None], self.transform)
+        return x[0].contiguous(), y[0].long()  # (1, C, W, H) -> (C, W, H)
 
 
 def makeCheckpoint(epoch, model, optimizer, scheduler, scaler, trainLoss, valLoss, bestValLoss):

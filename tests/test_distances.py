@@ -5,6 +5,7 @@ import torch
 from monai.metrics import compute_hausdorff_distance
 from scipy import ndimage
 
+import distances
 import metrics
 
 
@@ -103,16 +104,13 @@ def test_hausdorff95_equalsSurfaceDistance(kind):
         assert found == pytest.approx(expected, abs=1e-6), seed
 
 
-@pytest.mark.filterwarnings('ignore::DeprecationWarning')
 @pytest.mark.parametrize('spacing', [(1, 1, 1), (0.7, 1.3, 5)])
-def test_hausdorff95_weighsEveryCorner(spacing):
-    """Each of the 254 ways in which eight voxels can meet, against a far voxel, gives the package's number."""
-    far = _voxels((4, 4, 9), (3, 3, 8))
-    for code in range(1, 255):
-        mask = np.zeros((4, 4, 9), bool)
-        mask[1:3, 1:3, 1:3] = (code >> np.arange(8) & 1).reshape(2, 2, 2)
-        found = metrics.hausdorff95(mask, far, spacing, rule='surface-distance')
-        assert found == pytest.approx(_robust(mask, far, spacing), abs=1e-6), code
+def test_cornerAreas_equalSurfaceDistances(spacing):
+    """The area of each of the 256 ways in which eight voxels can meet is that of the package's table."""
+    expected = surface_distance.lookup_tables.create_table_neighbour_code_to_surface_area(spacing)
+    isIn = np.arange(256)[:, None] >> np.arange(8) & 1  # the voxels of each of our codes
+    theirs = isIn @ surface_distance.lookup_tables.ENCODE_NEIGHBOURHOOD_3D_KERNEL.ravel()
+    np.testing.assert_allclose(distances._cornerAreas(spacing), expected[theirs], rtol=1e-12)
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')

@@ -6,6 +6,7 @@ import torch
 import metrics
 
 SHAPE = (12, 12, 60)
+RULE = 'surface-distance'
 
 
 def _volume(*boxes, value=2):
@@ -133,8 +134,10 @@ def test_scoreLesions_emptyTruth():
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 def test_scoreLesions_distanceIsSurfaceDistances():
     """The HD95 of the only lesion is that of the package surface-distance, with the voxel's size."""
-    y, yhat = _volume(_cube(10, 10)), _volume(_cube(12, 11))
+    y, yhat = _volume(_cube(10, 10)), _volume(_cube(12, 11), ((2, 7), (5, 6), (15, 19)))
+    yhat[np.random.default_rng(0).random(SHAPE) < 0.3] = 0  # ragged, or both rules would agree
     spacing = (1.0, 1.5, 2.0)
+    assert metrics.hausdorff95(y > 0, yhat > 0, spacing) != metrics.hausdorff95(y > 0, yhat > 0, spacing, RULE)
     distances = surface_distance.compute_surface_distances(y > 0, yhat > 0, spacing)
     expected = surface_distance.compute_robust_hausdorff(distances, 95)
     assert _scoreWT(y, yhat, spacing)[1] == pytest.approx(expected, abs=1e-6)

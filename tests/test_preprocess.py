@@ -35,7 +35,7 @@ def test_volumeTransform_equalsTorchioInsideTheMask():
     )
     stretched, _ = preprocess.transformCase(image, None, preprocess.volumeTransform())
     expected, _ = preprocess.transformCase(image, None, plain)
-    isBrain = image != 0
+    isBrain = (image != 0).transpose(3, 0, 1, 2)
     np.testing.assert_allclose(stretched[isBrain], expected[isBrain], atol=1e-6)
     assert (stretched[~isBrain] == -1).all() and stretched[isBrain].min() == -1 and stretched[isBrain].max() == 1
 
@@ -83,8 +83,8 @@ def test_makeDataset_keepsEveryTumorVoxelWhereItWas(writeCase, tmp_path):
     """Put back by case, slice, row and column, the patches give the stretched image and all of the label again."""
     image, label, paths = makePatient(writeCase, tumor=(slice(0, 40), slice(3, 44, 9), slice(1, 6, 2)))
     noPatches = preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5')
-    stretched, classes = preprocess.transformCase(image, label * (3 / 4), preprocess.volumeTransform())
-    rebuilt = np.zeros((40, 44, 6), np.uint8)
+    stretched, classes = preprocess.transformCase(image, label // 4 * 3, preprocess.volumeTransform())
+    rebuilt = np.zeros((6, 40, 44), np.uint8)
     with h5py.File(tmp_path / 'a.h5') as file:
         assert noPatches == len(file['image']) == 2 * 2 * 3
         assert file['image'].dtype == np.float16 and file['label'].dtype == np.uint8
@@ -92,9 +92,9 @@ def test_makeDataset_keepsEveryTumorVoxelWhereItWas(writeCase, tmp_path):
         assert sorted(set(file['slice'][:])) == [1, 3, 5] and set(file['case'][:]) == {0}
         for number in range(noPatches):
             row, column, z = (int(file[name][number]) for name in ('row', 'column', 'slice'))
-            where = (slice(row, row + 32), slice(column, column + 32), z)
-            np.testing.assert_allclose(file['image'][number], stretched[(slice(None), *where)], atol=1e-3)
-            rebuilt[where] = file['label'][number]
+            where = (slice(row, row + 32), slice(column, column + 32))
+            np.testing.assert_allclose(file['image'][number], stretched[(z, slice(None), *where)], atol=1e-3)
+            rebuilt[(z, *where)] = file['label'][number]
     np.testing.assert_array_equal(rebuilt, classes)
 
 
@@ -209,6 +209,6 @@ def test_trainTransform_keepsShapesAndClasses():
     for seed in range(40):
         torch.manual_seed(seed)
         changed, classes = preprocess.transformCase(image, label, transform)
-        assert changed.shape == image.shape and changed.dtype == torch.float32
-        assert classes.shape == label.shape and classes.dtype == torch.int64
+        assert changed.shape == (1, 3, 32, 32) and changed.dtype == torch.float32
+        assert classes.shape == (1, 32, 32) and classes.dtype == torch.uint8
         assert set(classes.unique().tolist()) <= {0, 3}

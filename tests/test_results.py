@@ -120,6 +120,13 @@ def test_predictFolder_leavesWhatAChallengeTakes(cohortOf, tmp_path):
     pd.testing.assert_frame_equal(again, table)
 
 
+def test_predictFolder_needsNoTruth(cohortOf, tmp_path):
+    """Patients without any segmentation, as a challenge's validation set, are predicted; the table is empty."""
+    table = results.predictFolder(cohortOf.assign(seg=None), makeNetwork(), tmp_path / 'out')
+    assert len(table) == 0 and len(list((tmp_path / 'out' / 'upload').iterdir())) == 3
+    assert (tmp_path / 'out' / 'settings.json').is_file()
+
+
 def test_predictFolder_appliesTheTunedRules(cohortOf, tmp_path):
     """With rules that no part survives every voxel written is background."""
     results.predictFolder(cohortOf, makeNetwork(), tmp_path / 'out', smallET=10**6, smallPart=10**6)

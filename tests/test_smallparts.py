@@ -90,11 +90,14 @@ def test_tuneSmall_dropsStrayParts():
     y = np.zeros((10, 10, 30), int)
     y[3:7, 3:7, 2:6] = 2
     yhat = y.copy()
-    yhat[0, 0, 25:28] = 1
+    yhat[0, 0, 25:28] = 3
     tuning = metrics.tuneSmall({'a': (y, yhat)})
     assert 0.003 < tuning.ml < 0.004 and (metrics.dropSmall(yhat, tuning.ml) == y).all()
     curve = tuning.curve[tuning.curve['rule'] == 'ml']
     assert curve['score'].tolist() == [0.5, 1, 0]
+    assert tuning.curve.loc[tuning.curve['rule'] == 'N', 'score'].tolist() == [
+        1
+    ]  # what was dropped is no ET to relabel
     coarse = metrics.tuneSmall({'a': (y, yhat)}, spacing=(1, 1, 2))
     assert 0.006 < coarse.ml < 0.008
 
