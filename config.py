@@ -40,6 +40,7 @@ BIAS_COEFFICIENTS = 0.1  # at most, of the bias field's polynomial
 
 # Loading
 BATCHSIZE = 32  # patches; fits a 16 GB card with a resnet34
+CACHE_PATCHES = 4.0  # GB; patches that take no more are held in memory, shared by the workers
 LOADER_WORKERS = 2  # processes; Colab has 2 cores, Kaggle 4
 
 # Network. ENCODER_IN_CHANNEL is the number of MODALITIES.

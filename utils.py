@@ -49,10 +49,14 @@ CHECKPOINT_FORMAT = 1  # raised when a checkpoint's layout changes
 class BRATSDataset(torch.utils.data.Dataset):
     """The patches of an `.h5` file: (image float32 (C, 128, 128), label int64 (128, 128)).
 
+    A loader that asks for a batch of a dataset without a transform gets the patches as they are stored (float16 or
+    float32, uint8): `engine.train` and `validate` cast them on the device, where it costs nothing.
+
     Args:
         file: path of a file that `preprocess.makeDataset` wrote.
         noSamples: how many of its patches to use, from the first; None: all.
-        transform: torchio transform of a patch, run here on the CPU; None: the patch as stored.
+        transform: torchio transform of a patch, run here on the CPU; None: the patch as stored, for
+            `batched.Batched` on the device.
 
     Attributes:
         file: the open h5py.File. Each process that loads opens its own; `file.close()` may be called at any time, and a
@@ -66,14 +70,17 @@ class BRATSDataset(torch.utils.data.Dataset):
     def __init__(self, file, noSamples=None, transform=None):
         if not Path(file).is_file():
             raise FileNotFoundError(f'{file} does not exist; preprocess.makeDataset writes it.')
-        self.path, self.transform = str(file), transform
+        self.path, self.transform, self._cache = str(file), transform, None
         self._open()
-        noPatches, noChannels = self.file['image'].shape[:2]
-        self.noSamples = noPatches if noSamples is None else int(noSamples)
-        if not 0 < self.noSamples <= noPatches:
-            raise ValueError(f'{file} has {noPatches} patches, {noSamples} were asked for.')
-        if noChannels != len(config.MODALITIES):
-            raise ValueError(f'{file} has {noChannels} modalities, config.MODALITIES {len(config.MODALITIES)}.')
+        images = self.file['image']
+        self.noSamples = len(images) if noSamples is None else int(noSamples)
+        if not 0 < self.noSamples <= len(images):
+            raise ValueError(f'{file} has {len(images)} patches, {noSamples} were asked for.')
+        if images.shape[1] != len(config.MODALITIES):
+            raise ValueError(f'{file} has {images.shape[1]} modalities, config.MODALITIES {len(config.MODALITIES)}.')
+        if images.nbytes / len(images) * self.noSamples <= config.CACHE_PATCHES * 1e9:
+            # tensors: forked workers share their memory, and spawned ones get them shared by torch's pickling
+            self._cache = tuple(torch.from_numpy(self.file[name][: self.noSamples]) for name in ('image', 'label'))
 
     def _open(self):
         self.file = h5py.File(self.path, 'r')
@@ -85,17 +92,30 @@ class BRATSDataset(torch.utils.data.Dataset):
     def __len__(self):
         return self.noSamples
 
+    def _read(self, indices):
+        """Gives images and labels as stored, of increasing indices without a repeat."""
+        if self._cache is not None:
+            return tuple(values[indices] for values in self._cache)
+        if not self.file or self._process != os.getpid():
+            self._open()
+        return tuple(torch.from_numpy(self.file[name][indices]) for name in ('image', 'label'))
+
     def __getitem__(self, index):
         if not -len(self) <= index < len(self):
             raise IndexError(f'Patch {index} of {len(self)} was asked for.')
-        if not self.file or self._process != os.getpid():
-            self._open()
-        index %= len(self)
-        image, label = torch.from_numpy(self.file['image'][index]), torch.from_numpy(self.file['label'][index])
+        (image,), (label,) = self._read([index % len(self)])
         if self.transform is None:
             return image.float(), label.long()
         x, y = transformCase(image[..., None], label[..., None], self.transform)
         return x[0].contiguous(), y[0].long()  # (1, C, W, H) -> (C, W, H)
+
+    def __getitems__(self, indices):
+        """Gives the samples of a batch, by one sorted read where there is no transform."""
+        if self.transform is not None:
+            return [self[index] for index in indices]
+        unique, places = np.unique(indices, return_inverse=True)
+        images, labels = self._read(unique)
+        return [(images[place], labels[place]) for place in places]
 
 
 def makeCheckpoint(epoch, model, optimizer, scheduler, scaler, trainLoss, valLoss, bestValLoss):

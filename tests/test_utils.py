@@ -44,9 +44,35 @@ def test_BRATSDataset_handsOutShapesAndDtypes(tmp_path):
         dataset[10]
 
 
+@pytest.mark.parametrize('cache', [0, 1])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_BRATSDataset_handsALoaderWhatIsStored(tmp_path, workers, cache):
+    """Without a transform a batch has the stored dtypes and the order asked for, repeats too, from memory or file."""
+    config.CACHE_PATCHES = cache
+    dataset = utils.BRATSDataset(writePatches(tmp_path / 'a.h5'), 11, None)
+    order = [7, 3, 3, 10, 0, 5, 9, 1]
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, sampler=order, num_workers=workers)
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    assert images.dtype == torch.float16 and labels.dtype == torch.uint8
+    np.testing.assert_allclose(images[:, 2, 5, 5], np.array(order) / 100, atol=1e-4)
+    assert labels[:, 10, 10].tolist() == [number % 4 for number in order]
+
+
+def test_BRATSDataset_needsNoFileOnceItIsInMemory(tmp_path):
+    """Patches that fit CACHE_PATCHES are read once; beyond it they are not."""
+    dataset = utils.BRATSDataset(writePatches(tmp_path / 'a.h5'), 12, None)
+    dataset.file.close()
+    assert dataset[3][0].shape == (3, 32, 32) and not dataset.file
+    config.CACHE_PATCHES = 12 * 3 * 32 * 32 * 2 / 1e9 - 1e-9
+    dataset = utils.BRATSDataset(tmp_path / 'a.h5', 12, None)
+    dataset.file.close()
+    assert dataset[3][0].shape == (3, 32, 32) and dataset.file
+
+
 @pytest.mark.parametrize(('workers', 'context'), [(0, None), (2, 'fork'), (2, 'forkserver'), (2, 'spawn')])
 def test_BRATSDataset_loadsTheSameInAnyProcess(tmp_path, workers, context):
     """0 and 2 workers, however they are started, give the same patches; the file closes before and after."""
+    config.CACHE_PATCHES = 0
     dataset = utils.BRATSDataset(writePatches(tmp_path / 'a.h5'), 12, preprocess.makeTransforms()[1])
     dataset.file.close()
     images = torch.cat([image for image, _ in loaderOf(dataset, workers, context)])
