@@ -43,6 +43,7 @@ def readGrades(df):
     told = {}
     for _, names in _nearbyTables(df):
         if 'Grade' in names:
+            names = names.dropna(subset='Grade')
             for column in names.columns.drop('Grade'):
                 told.update(dict(zip(names[column], names['Grade'], strict=True)))
     grades = {
@@ -63,8 +64,13 @@ def _nearbyTables(df):
     paths = {
         path for folder in folders for kind in ('name_mapping*.csv', '*Mapping*.xlsx') for path in folder.glob(kind)
     }
-    read = {'.csv': pd.read_csv, '.xlsx': pd.read_excel}
-    return [(path, read[path.suffix](path)) for path in sorted(paths) if not path.name.startswith(('.', '~'))]
+    tables = []
+    for path in sorted(path for path in paths if not path.name.startswith(('.', '~'))):
+        try:
+            tables.append((path, pd.read_csv(path) if path.suffix == '.csv' else pd.read_excel(path)))
+        except Exception as error:  # each reader has its own
+            raise ValueError(f'{path} is not a table of names ({error}); mend it or move it away.') from error
+    return tables
 
 
 def tellPersons(df):

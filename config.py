@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -79,18 +80,21 @@ DEMO = {
     'ENCODER_NAME': 'resnet18',
     'DECODER_CHANNELS': (128, 64, 32, 16, 16),
     'BATCHSIZE': 16,
-    'EPOCHS': 4,
+    'EPOCHS': 6,
     'LOADER_WORKERS': 2,
 }
 DEMO_PATIENTS = 12
 
 
-@functools.cache
 def _findDataFolder():
-    if os.environ.get('BRATS_FOLDER'):
-        return os.environ['BRATS_FOLDER']
+    return os.environ.get('BRATS_FOLDER') or _findOnKaggle()
+
+
+@functools.cache
+def _findOnKaggle():
+    isBrats = re.compile(r'[_-](flair|t2f)\.nii|/imagesT[rs]/BRATS_', re.IGNORECASE)  # results of earlier runs are not
     kaggle = Path('/kaggle/input')
-    return str(kaggle) if next(kaggle.rglob('*.nii*'), None) else None
+    return next((str(kaggle) for path in kaggle.rglob('*.nii*') if isBrats.search(str(path))), None)
 
 
 @functools.cache
@@ -112,7 +116,8 @@ def _findDevice():
             return 'cuda'
         except RuntimeError as error:
             name = torch.cuda.get_device_name()
-            print(f'The {name} cannot run this build of torch ({torch.__version__}): {str(error).splitlines()[0]}.')
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print(f'The {name} cannot run this build of torch ({torch.__version__}): {reason}.')
             print('On Kaggle choose the accelerator GPU T4 x2 instead of the P100. Going on with the CPU, slowly.')
             return 'cpu'
     return 'mps' if torch.backends.mps.is_available() else 'cpu'

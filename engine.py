@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 import config
 from patients import patientOf, readCase
-from preprocess import transformCase, volumeTransform, windowStarts
+from preprocess import transformVolume, windowStarts
 
 _CHECK_EVERY = 20  # batches between two looks at the loss: each look makes the GPU wait for the host
 
@@ -61,7 +61,8 @@ def makeNetwork():
     try:
         network = _makeUnet(config.ENCODER_WEIGHTS)
     except OSError as error:
-        print(f'No {config.ENCODER_WEIGHTS} weights for {config.ENCODER_NAME} ({str(error).splitlines()[0]})')
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f'No {config.ENCODER_WEIGHTS} weights for {config.ENCODER_NAME} ({reason})')
         print('The encoder starts from random weights instead: it needs more epochs.')
         network = _makeUnet(None)
     finally:
@@ -102,7 +103,7 @@ def train(model, criterion, optimizer, scaler, loader, transform=None):
     """
     if getattr(loader, 'persistent_workers', False):
         print('persistent_workers = True: a resumed run will not equal an uninterrupted one.')
-    model.train()
+    model.to(memory_format=torch.channels_last).train()
     device = _deviceOf(model)
 
     def learn(image, label):
@@ -131,7 +132,7 @@ def validate(model, criterion, loader):
     Raises:
         FloatingPointError: a loss is not finite; the batch is named.
     """
-    model.eval()
+    model.to(memory_format=torch.channels_last).eval()  # not below: weights laid out there could not learn again
     with torch.inference_mode():
         judge = lambda image, label: _loss(model, criterion, image, label)  # noqa: E731
         return _epoch('validate', judge, model, loader, _deviceOf(model), None, 'no learning')
@@ -146,8 +147,7 @@ def _loss(model, criterion, image, label):
 def _epoch(name, step, model, loader, device, transform, remark):
     """Gives the sum over samples of the losses that `step` gives for each batch."""
     gc.collect()  # of an earlier epoch's workers: collected in a forked worker, they complain there
-    model.to(memory_format=torch.channels_last)
-    losses, sizes, total = [], [], 0.0
+    losses, sizes, total = [], [], None
     bar = tqdm(loader, name, leave=False)
     for number, (image, label) in enumerate(bar, start=1):
         image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
@@ -164,9 +164,11 @@ def _epoch(name, step, model, loader, device, transform, remark):
                     f'{name}: the loss of batch {first} of {len(loader)} is {values[first - number - 1].item()} '
                     f'({remark}). The last checkpoint stands; a smaller config.LEARN_RATE is the usual cure.'
                 )
-            total += float(values @ torch.tensor(sizes, dtype=torch.float64))
+            total = (total or 0.0) + float(values @ torch.tensor(sizes, dtype=torch.float64))
             bar.set_postfix(loss=f'{values[-1].item():.4f}')
             losses, sizes = [], []
+    if total is None:
+        raise ValueError(f'{name}: the loader gave no batch; are there fewer patches than config.BATCHSIZE?')
     return total
 
 
@@ -239,9 +241,7 @@ def _prepare(paths, transform):
     """Gives x (D, C, W, H), y (D, W, H) or None, and where there is brain, bool (D, W, H), of one patient."""
     image, label = readCase(paths)
     isBrain = torch.from_numpy((image != 0).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
-    x, y = transformCase(image, label, volumeTransform() if transform is None else transform)
-    if x.permute(1, 2, 3, 0).shape != image.shape:
-        raise ValueError(f'{patientOf(paths)}: the transform made {tuple(x.shape)} of {image.shape[1:]}; it must stay.')
+    x, y = transformVolume(image, label, transform, patientOf(paths))
     return x, None if y is None else y.long(), isBrain
 
 

@@ -1,7 +1,7 @@
 """Write a file whole or not at all."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -30,7 +30,8 @@ def writeWhole(file):
             os.fsync(written.fileno())
         os.replace(part, file)
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that is gone, the first error tells more
+            part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:  # the disk's; ours about bad input have no number
             raise OSError(error.errno, f'{file} could not be written: {error.strerror}') from error
         raise

@@ -176,13 +176,26 @@ def tellEdition(paths):
 
 def hasFile(paths, column):
     """Tells whether a row of the file list has a path in a column (an empty cell is None or NaN)."""
-    return column in paths and paths[column] is not None and paths[column] == paths[column]
+    return column in paths and not pd.isna(paths[column])
+
+
+def sizeOf(paths, column):
+    """Gives the size in bytes of a file of a row of the file list.
+
+    Raises:
+        FileNotFoundError: the row has no path in the column, or there is no file.
+    """
+    if not hasFile(paths, column):
+        raise FileNotFoundError(f'{patientOf(paths)}: no file for the modality {column} of config.MODALITIES.')
+    if not Path(paths[column]).is_file():
+        raise FileNotFoundError(f'{patientOf(paths)}: {paths[column]} does not exist.')
+    return Path(paths[column]).stat().st_size
 
 
 def patientOf(paths):
     """Gives the id of a row of the file list, or the folder of its first file where the row has no name."""
     name = getattr(paths, 'name', None)
-    return str(name) if name is not None else Path(next(p for p in dict(paths).values() if p)).parent.name
+    return str(name) if name is not None else Path(next(paths[c] for c in COLUMNS if hasFile(paths, c))).parent.name
 
 
 def readCase(paths):
@@ -208,8 +221,7 @@ def readCase(paths):
         channels = {}  # names that tell nothing: that matters only where there are labels
     image = grid = None
     for place, modality in enumerate(config.MODALITIES):
-        if not hasFile(paths, modality):
-            raise FileNotFoundError(f'{patient}: no file for the modality {modality} of config.MODALITIES.')
+        sizeOf(paths, modality)
         volume, affine = readVolume(paths[modality], patient, channels.get(modality), opened)
         if image is None:
             # in memory as in the files, whose first axis is the fastest: to turn it around takes longer than to read it
@@ -273,8 +285,14 @@ def readVolume(path, patient, channel=None, opened=None):
         return nib.apply_orientation(volume, orientation), affine
     except FileNotFoundError:
         raise FileNotFoundError(f'{patient}: {path} does not exist.') from None
-    except (ValueError, IndexError, OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f'{patient}: {path} cannot be used: {error}.') from error
+
+
+_UNREADABLE = (
+    *(ValueError, IndexError, TypeError, OSError, EOFError, zlib.error),
+    *(nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, nib.orientations.OrientationError),
+)
 
 
 def _unpack(nifti, path, dimensions):
@@ -312,14 +330,14 @@ def checkGrid(paths, column, shape, affine, expectedShape, expectedAffine):
         )
 
 
-def toClasses(volume, paths):
-    """Maps the labels of a segmentation, float or integer, to classes by the edition's table."""
+def toClasses(volume, paths, edition=None):
+    """Maps the labels of a segmentation, float or integer, to classes by its edition's table, or a given edition's."""
     labels = volume
     if volume.dtype.kind == 'f':
         labels = np.rint(volume)
         if np.abs(volume - labels).max() > 1e-3:
             raise ValueError(f'{patientOf(paths)}: {paths["seg"]} holds values between the labels; interpolated?')
-    edition = tellEdition(paths)
+    edition = edition or tellEdition(paths)
     table = np.full(256, UNKNOWN, np.uint8)
     for label, number in EDITIONS[edition].classes.items():
         table[label] = number

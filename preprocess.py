@@ -1,6 +1,9 @@
 """From volumes to patches in HDF5: stretch the histogram, define the torchio transforms, cut and write."""
 
+import functools
+import hashlib
 import json
+import types
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +20,7 @@ from tqdm.auto import tqdm
 import config
 from cohort import annotated
 from files import writeWhole
-from patients import readCase
+from patients import readCase, sizeOf
 
 FORMAT = 1  # of the patch file; raised when its layout changes, so that older files are made anew
 
@@ -135,6 +138,22 @@ def transformCase(image, label, transform):
     return x, (y.round() if y.is_floating_point() else y).to(torch.uint8)
 
 
+def transformVolume(image, label, transform, patient):
+    """Gives what `transformCase` gives of a whole patient, whose shape the transform has to keep.
+
+    Args:
+        image, label, transform: as there; no transform stands for `volumeTransform()`.
+        patient: to be named in an error.
+
+    Raises:
+        ValueError: the transform changed the shape.
+    """
+    x, y = transformCase(image, label, volumeTransform() if transform is None else transform)
+    if x.permute(1, 2, 3, 0).shape != image.shape:
+        raise ValueError(f'{patient}: the transform made {tuple(x.shape)} of {image.shape[1:]}; it must stay.')
+    return x, y
+
+
 def windowStarts(length, size, stride):
     """Gives the starts of windows that cover an axis: 0, stride, ..., and the last one flush with the end.
 
@@ -172,7 +191,7 @@ def makeDataset(dataframe, filename, transform=None):
     """
     dataframe = annotated(dataframe, str(filename))
     transform = volumeTransform() if transform is None else transform
-    settings = _settings(transform)
+    settings = _settings(transform, dataframe)
     cases = json.dumps(list(dataframe.index.astype(str)))
     noPatches = _countIfDone(filename, settings, cases)
     if noPatches is not None:
@@ -193,10 +212,13 @@ def makeDataset(dataframe, filename, transform=None):
     return noPatches
 
 
-def _settings(transform):
-    """Gives, as JSON, all that decides what a patch file holds besides the patients."""
+def _settings(transform, dataframe):
+    """Gives, as JSON, all that decides what a patch file holds besides the names of the patients."""
     names = ('MODALITIES', 'EDITION', 'PATCH_SIZE', 'PATCH_STRIDE', 'BACKGROUND_SHARE', 'SEED')
-    values = {name: getattr(config, name) for name in names}
+    values = {name: describe(getattr(config, name)) for name in names}
+    # the same names may stand for other files: those of another folder, or mended ones
+    sizes = [[sizeOf(paths, column) for column in (*config.MODALITIES, 'seg')] for _, paths in dataframe.iterrows()]
+    values['files'] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     return json.dumps({'format': FORMAT, **values, 'transform': describe(transform)}, sort_keys=True)
 
 
@@ -210,10 +232,16 @@ def describe(value):
         return [describe(item) for item in value]
     if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
         return value.tolist()
+    if isinstance(value, types.CodeType):
+        return [value.co_code.hex(), describe(value.co_consts), describe(value.co_names)]
+    if isinstance(value, types.FunctionType):
+        # the name is not enough: a notebook's cell may define another function under it
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [f'{value.__module__}.{value.__qualname__}', *map(describe, (value.__code__, held, value.__defaults__))]
+    if isinstance(value, functools.partial):
+        return [describe(value.func), describe(value.args), describe(value.keywords)]
     if hasattr(value, '__qualname__'):
-        # two lambdas of one place have the same name, so their code tells them apart
-        code = value.__code__.co_code.hex() if value.__qualname__.endswith('<lambda>') else ''
-        return f'{value.__module__}.{value.__qualname__}{code}'
+        return f'{value.__module__}.{value.__qualname__}'
     return [describe(type(value)), describe(dict(sorted(vars(value).items())))]
 
 
@@ -276,7 +304,7 @@ def _cutCase(patient, paths, transform):
     """Gives of one patient where its patches lie, int (N, 3), float32 (N, C, 128, 128) and uint8 (N, 128, 128)."""
     image, label = readCase(paths)
     isBrain = (image != 0).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
-    x, y = (tensor.numpy() for tensor in transformCase(image, label, transform))
+    x, y = (tensor.numpy() for tensor in transformVolume(image, label, transform, patient))
     where = _choosePatches(isBrain, y > 0, patient)
     return where, _cut(x, where), _cut(y[:, None], where)[:, 0]
 

@@ -172,6 +172,9 @@ def scoreFolder(df, folder):
         written, affine = readVolume(str(file), patient)
         predicted = pd.Series({**paths, 'seg': str(file)}, name=patient)
         checkGrid(predicted, 'seg', written.shape, affine, truth.shape, grid)
-        y, yhat = (toClasses(volume, row).transpose(2, 0, 1) for volume, row in ((truth, paths), (written, predicted)))
+        y, yhat = (
+            toClasses(volume, row, tellEdition(paths)).transpose(2, 0, 1)
+            for volume, row in ((truth, paths), (written, predicted))
+        )
         scores[patient] = metrics.scorePatient(y, yhat, spacingOf(paths))
     return metrics.scoreTable(scores)

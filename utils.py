@@ -1,5 +1,6 @@
 """The patch dataset and the checkpoints; and, by import, the calls that users know under `utils`."""
 
+import io
 import os
 import random
 from pathlib import Path
@@ -49,14 +50,12 @@ CHECKPOINT_FORMAT = 1  # raised when a checkpoint's layout changes
 class BRATSDataset(torch.utils.data.Dataset):
     """The patches of an `.h5` file: (image float32 (C, 128, 128), label int64 (128, 128)).
 
-    A loader that asks for a batch of a dataset without a transform gets the patches as they are stored (float16 or
-    float32, uint8): `engine.train` and `validate` cast them on the device, where it costs nothing.
-
     Args:
         file: path of a file that `preprocess.makeDataset` wrote.
         noSamples: how many of its patches to use, from the first; None: all.
-        transform: torchio transform of a patch, run here on the CPU; None: the patch as stored, for
-            `batched.Batched` on the device.
+        transform: torchio transform of a patch, run here on the CPU; None: the patch as it is.
+        raw: a loader gets batches as they are stored, float16 (or float32) and uint8, by one sorted read: for
+            `batched.Batched`, `engine.train` and `validate`, which cast them on the device. Without a transform only.
 
     Attributes:
         file: the open h5py.File. Each process that loads opens its own; `file.close()` may be called at any time, and a
@@ -67,10 +66,12 @@ class BRATSDataset(torch.utils.data.Dataset):
         ValueError: the file has fewer patches, or those of other modalities than `config.MODALITIES`.
     """
 
-    def __init__(self, file, noSamples=None, transform=None):
+    def __init__(self, file, noSamples=None, transform=None, raw=False):
         if not Path(file).is_file():
             raise FileNotFoundError(f'{file} does not exist; preprocess.makeDataset writes it.')
-        self.path, self.transform, self._cache = str(file), transform, None
+        if raw and transform is not None:
+            raise ValueError('raw = True hands out what is stored; it cannot go with a transform.')
+        self.path, self.transform, self.raw, self._cache = str(file), transform, raw, None
         self._open()
         images = self.file['image']
         self.noSamples = len(images) if noSamples is None else int(noSamples)
@@ -101,6 +102,7 @@ class BRATSDataset(torch.utils.data.Dataset):
         return tuple(torch.from_numpy(self.file[name][indices]) for name in ('image', 'label'))
 
     def __getitem__(self, index):
+        index = int(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f'Patch {index} of {len(self)} was asked for.')
         (image,), (label,) = self._read([index % len(self)])
@@ -110,8 +112,8 @@ class BRATSDataset(torch.utils.data.Dataset):
         return x[0].contiguous(), y[0].long()  # (1, C, W, H) -> (C, W, H)
 
     def __getitems__(self, indices):
-        """Gives the samples of a batch, by one sorted read where there is no transform."""
-        if self.transform is not None:
+        """Gives the samples of a batch; raw ones by one sorted read."""
+        if not self.raw:
             return [self[index] for index in indices]
         unique, places = np.unique(indices, return_inverse=True)
         images, labels = self._read(unique)
@@ -156,9 +158,12 @@ def makeCheckpoint(epoch, model, optimizer, scheduler, scaler, trainLoss, valLos
     }
     with writeWhole(_historyFile()) as part:
         pd.DataFrame(history).to_csv(part, index=False)
+    stream = io.BytesIO()  # torch itself does not name the file that a full disk cut off
+    torch.save(checkpoint, stream)
+    content = stream.getbuffer()
     for path in [config.BEST_CHECKPOINT] * isBest + [config.LAST_CHECKPOINT]:
-        with writeWhole(path) as part, open(part, 'wb') as file:
-            torch.save(checkpoint, file)
+        with writeWhole(path) as part:
+            part.write_bytes(content)
     return best
 
 
@@ -232,7 +237,10 @@ def _checkSettings(path, found, expected):
     """Refuses, in words, a checkpoint whose network would read or name other things."""
     for name, value in expected.items():
         if found.get(name) != value:
-            raise ValueError(f'{path} was made with {name} = {found.get(name)}, this run has {name} = {value}.')
+            raise ValueError(
+                f'{path} was made with {name} = {found.get(name)}, this run has {name} = {value}: '
+                'move the file away, or set another config.OUTPUT_FOLDER.'
+            )
 
 
 def _checkWeights(path, found, expected):

@@ -2,8 +2,10 @@ import gzip
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import COLUMNS
+from test_patients import makeCases, writeLayout
 
 import checks
 import config
@@ -91,6 +93,19 @@ def promise(column, shape):
     return spoil
 
 
+def rewrite(column, field, value):
+    """Gives a spoiler that puts a value into a header as it stands in the file."""
+
+    def spoil(home, stem):
+        file = home / f'{stem}_{column}.nii.gz'
+        content = gzip.decompress(file.read_bytes())
+        header = np.frombuffer(bytearray(content[:348]), nib.Nifti1Header.template_dtype)
+        header[field] = value
+        file.write_bytes(gzip.compress(header.tobytes() + content[348:]))
+
+    return spoil
+
+
 def move(one, other):
     def spoil(home, stem):
         (home / f'{stem}_{other}.nii.gz').write_bytes((home / f'{stem}_{one}.nii.gz').read_bytes())
@@ -115,6 +130,8 @@ BAD = {
     'cut in the data': (cut('flair', 900), 'flair', 'cannot be used'),
     'a byte turned over early': (flip('t1ce', 0.3), 't1ce', 'cannot be used'),
     'a byte turned over late': (flip('t1ce', 0.8), 't1ce', 'cannot be used'),
+    'a data type that does not exist': (rewrite('t1ce', 'datatype', 0), 't1ce', 'cannot be used'),
+    'an affine without a first axis': (rewrite('t1ce', 'srow_x', (0, 0, 0, 0)), 't1ce', 'cannot be used'),
     'text for an image': (replace('t1ce', b'this is no NIfTI'), 't1ce', 'cannot be used'),
     'a header that promises terabytes': (
         promise('t2', (30000, 30000, 2000)),
@@ -210,3 +227,17 @@ def test_checkFiles_saysWhatIsNoGlioma(tmp_path):
         save(tmp_path / '51_OtherNeoplasms' / name / f'{name}-{end}.nii.gz', volume)
     table = checks.checkFiles(patients.makeFileList(tmp_path))
     assert table['finding'].str.contains('not a glioma').sum() == 1
+
+
+def test_checkFiles_readsTheDecathlon(tmp_path):
+    """Sound 4-D patients give no finding; what a foreign name or a file that is gone gets."""
+    cases = makeCases(2, 0)
+    writeLayout('Decathlon', tmp_path, [(image, classes.clip(1)) for image, classes in cases])
+    df = patients.makeFileList(tmp_path)
+    assert len(checks.checkFiles(df)) == 0
+    df.loc['BRATS_002', 'seg'] = str(tmp_path / 'gone.nii.gz')
+    table = checks.checkFiles(df)
+    assert table.values.tolist() == [['BRATS_002', 'gone.nii.gz', 'does not exist.']]
+    config.EDITION = None
+    foreign = pd.DataFrame({name: f'Smith_{name}.nii' for name in COLUMNS}, index=['Smith'])
+    assert 'the edition cannot be told' in checks.checkFiles(foreign)['finding'].item()

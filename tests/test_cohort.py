@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import COLUMNS, names, touch
+from test_patients import volumesOf
 
 import cohort
 import config
@@ -171,3 +172,72 @@ def test_describeCohort_measuresVolumes(tmp_path):
     assert list(table.columns) == ['edition', 'grade', 'person', 'necrotic core', 'edema', 'enhancing tumor']
     assert table.iloc[0].tolist() == ['BraTS2019', 'LGG', 'BraTS19_A_1', 0, 0, pytest.approx(0.06)]
     assert table.iloc[1, 3:].isna().all()
+
+
+def test_split_keepsTimePointsOfAfricaAndOfNamedPatientsTogether(tmp_path):
+    """Time points stay together where no number tells it: African scans, and patients that a table of names has."""
+    ids = [f'BraTS-{kind}-{i:05d}-{t:03d}' for kind in ('SSA', 'GLI') for i in range(5) for t in range(2)]
+    for patient in ids:
+        touch(tmp_path, *(f'{patient}/{patient}-{end}.nii.gz' for end in ('t1n', 't1c', 't2w', 't2f', 'seg')))
+    pd.DataFrame({'BraTS2023': ids, 'Site': range(20)}).to_excel(tmp_path / 'BraTS2023_Mapping.xlsx', index=False)
+    persons = cohort.tellPersons(patients.makeFileList(tmp_path))
+    assert persons.groupby(persons).size().tolist() == [2] * 10
+
+
+def test_tellPersons_chainsLinks(tmp_path):
+    """Two groups that a third name links are one person, whatever the order in which the links are met."""
+    table = listNewer(tmp_path, 'BraTS19_A_1', 'BraTS19_B_1', 'BraTS20_Training_001')
+    rows = [('BraTS19_A_1', 'BraTS20_Training_001'), ('BraTS19_B_1', 'BraTS20_Training_001')]
+    pd.DataFrame(rows, columns=['one', 'other']).to_csv(tmp_path / 'name_mapping_x.csv', index=False)
+    assert cohort.tellPersons(table).nunique() == 1
+
+
+def test_tellPersons_readsATableThatNamesPatientsWithoutTime(tmp_path):
+    """A table that names BraTS-GLI-00007 means all time points of that person."""
+    table = listNewer(tmp_path, 'BraTS2021_00009', 'BraTS-GLI-00007-000')
+    csv = pd.DataFrame({'BraTS2023': ['BraTS-GLI-00007'], 'BraTS2021': ['BraTS2021_00009']})
+    csv.to_csv(tmp_path / 'name_mapping.csv', index=False)
+    assert cohort.tellPersons(table).nunique() == 1
+
+
+def test_split_givesEachSetItsFraction():
+    """VAL_FRACTION is the second set's, TEST_FRACTION the third's; fractions that leave nothing are refused."""
+    table = listOf([f'BraTS2021_{number:05d}' for number in range(20)])
+    config.VAL_FRACTION, config.TEST_FRACTION = 0.1, 0.3
+    assert [len(part) for part in cohort.split(table)] == [12, 2, 6]
+    config.VAL_FRACTION = 0.7
+    with pytest.raises(ValueError, match=r'take 14 \+ 6 of 20 patients: none is left to train'):
+        cohort.split(table)
+
+
+def test_readSplit_refusesEachFaultAlone(tmp_path):
+    """An unknown patient, one in two sets, and a set too many are refused, each by itself."""
+    table = listOf(['BraTS2021_00001', 'BraTS2021_00002'])
+    for sets, words in (
+        ({'train': ['Smith'], 'val': [], 'test': []}, r'in two sets: none; not in the file list: \[.Smith.\]'),
+        ({'train': ['BraTS2021_00001'], 'val': ['BraTS2021_00001'], 'test': []}, r'in two sets: \[.*\]; .*list: none'),
+        ({'train': [], 'val': [], 'test': [], 'more': []}, 'the sets train, val, test were expected'),
+    ):
+        (tmp_path / 's.json').write_text(json.dumps(sets))
+        with pytest.raises(ValueError, match=words):
+            cohort.readSplit(tmp_path / 's.json', table)
+
+
+def test_describeCohort_givesEachClassItsColumn(writeCase):
+    """1, 2 and 3 voxels of 10 mm3 of the labels 1, 2 and 4 stand under their names."""
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[0, 0, 0], label[1, 0, :2], label[2, 0, :3] = 1, 2, 4
+    paths = writeCase(volumesOf(np.ones((3, 4, 5, 6), np.int16), label), affine=np.diag([2, 1, 5, 1]))
+    row = cohort.describeCohort(pd.DataFrame([{'t1': None, **paths}], index=['BraTS20_Training_001'])).iloc[0]
+    assert row[['necrotic core', 'edema', 'enhancing tumor']].tolist() == pytest.approx([0.01, 0.02, 0.03])
+
+
+def test_readGrades_takesATableWithGaps(tmp_path):
+    """A patient without a grade in the table is unknown; a file that is no table is named."""
+    table = listNewer(tmp_path, 'BraTS20_Training_001', 'BraTS20_Training_002')
+    rows = pd.DataFrame({'Grade': ['HGG', None], 'BraTS_2020_subject_ID': list(table.index)})
+    rows.to_csv(tmp_path / 'name_mapping.csv', index=False)
+    assert list(cohort.readGrades(table)) == ['HGG', 'unknown']
+    (tmp_path / 'name_mapping.csv').write_text('')
+    with pytest.raises(ValueError, match=r'name_mapping\.csv is not a table of names'):
+        cohort.readGrades(table)

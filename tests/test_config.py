@@ -63,3 +63,10 @@ def test_config_findsTheDeviceByTryingIt(monkeypatch, cuda, mps, device):
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
     monkeypatch.setattr(torch, 'ones', lambda *size, device: ones(*size))
     assert config._findDevice.__wrapped__() == device
+
+
+def test_config_takesAFolderThatIsSetLater(monkeypatch, tmp_path):
+    """The error says to set BRATS_FOLDER; set after a first look, it is taken."""
+    assert str(tmp_path) != config.DATA_FOLDER
+    monkeypatch.setenv('BRATS_FOLDER', str(tmp_path))
+    assert str(tmp_path) == config.DATA_FOLDER

@@ -257,3 +257,95 @@ def test_predictAll_givesWhatPredictGives(writeCase):
 
 
 PATIENTS = ['BraTS20_Training_001', 'BraTS20_Training_002', 'BraTS20_Training_003']
+
+
+def test_validate_sumsOverMoreBatchesThanOneLook(monkeypatch):
+    """45 batches of 6 and one of 3, looked at in three goes, are summed as one."""
+    monkeypatch.setattr(engine, 'precision', lambda device: None)
+    model, criterion, _ = makeRun()
+    data = [*batches(45), *batches(1, 3, seed=1)]
+    with torch.no_grad():
+        expected = sum(criterion(model(image), label).item() * len(image) for image, label in data)
+    assert engine.validate(model, criterion, data) == pytest.approx(expected, rel=1e-6)
+
+
+def test_train_clipsWhatTheScalerHasScaledBack(monkeypatch):
+    """A scaler that is on changes nothing but rounding: the gradient is clipped after its scale is taken off."""
+    monkeypatch.setattr(engine, 'precision', lambda device: None)
+    weights = []
+    for scaler in (SCALER, torch.amp.GradScaler('cpu', init_scale=2.0**12)):
+        config.GRADIENT_CLIP = 0.1
+        model, criterion, _ = makeRun()
+        engine.train(model, criterion, torch.optim.SGD(model.parameters(), lr=1.0), scaler, batches())
+        weights.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-5)
+
+
+def test_predictAll_keepsPatientsApart(writeCase):
+    """Patients that differ keep their own volumes and predictions."""
+    rows = {}
+    for number, name in enumerate(('BraTS20_Training_001', 'BraTS20_Training_002', 'BraTS20_Training_003'), start=2):
+        image = np.zeros((3, 40, 40, 4), np.int16)
+        image[:, :20, :20, : number - 1] = np.arange(20)[:, None, None] + 1
+        rows[name] = writeCase(dict(zip(('t1ce', 't2', 'flair'), image, strict=True)), name)
+    network = makeNetwork()
+    df = pd.DataFrame.from_dict(rows, orient='index')
+    for number, (name, (x, _, yhat)) in enumerate(engine.predictAll(df, network, patchStride=24), start=1):
+        assert (x != -1).any((1, 2, 3)).sum() == number, name
+        assert torch.equal(yhat, engine.predict(df.loc[name], network, patchStride=24)[2])
+
+
+def test_predict_givesBackgroundWhereNoWindowLooked(writeCase):
+    """In a slice with brain in one corner the windows without brain are background with probability 1."""
+    image = np.zeros((3, 80, 80, 2), np.int16)
+    image[:, :10, :10] = np.arange(1, 11)[:, None, None]
+    paths = writeCase(dict(zip(('t1ce', 't2', 'flair'), image, strict=True)))
+    asked = []
+
+    class Edema(torch.nn.Module):
+        def forward(self, patches):
+            asked.append(len(patches))
+            return torch.tensor([0.0, 0, 9, 0])[None, :, None, None].expand(len(patches), 4, *patches.shape[2:])
+
+    _, _, yhat, probability = engine.predict(paths, Edema(), patchStride=24, probabilities=True)
+    assert sum(asked) == 2 and (yhat[:, :32, :32] == 2).all() and (yhat[:, 32:] == 0).all()
+    assert (probability[:, 0, 32:] == 1).all() and (probability[:, 0, :, 32:] == 1).all()
+
+
+def test_train_setsTheModeOfTraining():
+    """After validate, or predict, training goes on in training mode."""
+    model, criterion, optimizer = makeRun()
+    engine.validate(model, criterion, batches(1))
+    engine.train(model, criterion, optimizer, SCALER, batches(1))
+    assert model.training
+
+
+def test_predict_boundsItsBatchAndPadsWithBackground(writeCase):
+    """At most PREDICT_BATCH patches go together; beyond a small image lies its lowest value."""
+    config.DEVICE, config.PREDICT_BATCH, config.PATCH_SIZE = 'cuda:77', 3, 64
+    paths, _ = makePatient(writeCase, (70, 45, 9))
+    asked = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, patches):
+            asked.append((len(patches), patches[..., 45:].min().item(), patches[..., 45:].max().item()))
+            return patches.new_zeros(len(patches), 4, *patches.shape[2:])
+
+    engine.predict(paths, Spy(), patchStride=6, device=torch.device('cpu'))
+    assert max(size for size, _, _ in asked) in (2, 3) and {tuple(ends) for _, *ends in asked} == {(-1, -1)}
+
+
+def test_validate_leavesTheWeightsAbleToLearn(monkeypatch):
+    """Validation before the first epoch, without autocast as on most CPUs: training still works."""
+    monkeypatch.setattr(engine, 'precision', lambda device: None)
+    model, criterion, optimizer = makeRun()
+    engine.validate(model, criterion, batches(1))
+    engine.train(model, criterion, optimizer, SCALER, batches(1))
+    assert not any(weight.is_inference() for weight in model.parameters())
+
+
+def test_train_refusesALoaderWithoutABatch():
+    """A loss of 0 over nothing would be the best of all: no batch is an error."""
+    model, criterion, optimizer = makeRun()
+    with pytest.raises(ValueError, match='train: the loader gave no batch'):
+        engine.train(model, criterion, optimizer, SCALER, [])

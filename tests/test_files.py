@@ -32,3 +32,10 @@ def test_writeWhole_namesTheFileWhenTheDiskIsFull(tmp_path):
         part.write_text('x')
         raise OSError(errno.ENOSPC, 'No space left on device')
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_writeWhole_namesTheFileUnderWhatIsNoFolder(tmp_path):
+    """Where a file stands in the place of the folder, the error names the file that was asked for."""
+    (tmp_path / 'output').write_text('a file')
+    with pytest.raises(OSError, match=r'output/a\.txt could not be written'), writeWhole(tmp_path / 'output' / 'a.txt'):
+        pass

@@ -283,3 +283,65 @@ def test_spacingOf_followsPredictsAxes(writeCase):
     turned = np.array([[0, 0, -1, 0], [2, 0, 0, 0], [0, 3, 0, 0], [0, 0, 0, 1]])
     paths = writeCase(volumesOf(np.ones((3, 4, 5, 6), np.int16)), affine=turned)
     assert patients.spacingOf(paths) == (3, 1, 2)
+
+
+def test_readCase_roundsBothWays(writeCase):
+    """0.9996 is label 1 as much as 1.0004 is."""
+    label = np.full((4, 4, 4), 0.9996)
+    assert (patients.readCase(writeCase(volumesOf(np.ones((3, 4, 4, 4), np.int16), label)))[1] == 1).all()
+
+
+def test_readCase_comparesGridsAtTheFarCorner(writeCase):
+    """A seg with the images' origin but a tilt that moves the far corner by more than half a voxel is refused."""
+    paths = writeCase(volumesOf(np.ones((3, 4, 4, 40), np.int16)))
+    tilt = np.eye(4)
+    tilt[0, 2] = 0.02
+    seg = writeCase({'seg': np.zeros((4, 4, 40), np.uint8)}, affine=tilt)
+    with pytest.raises(ValueError, match=r'lies up to 0\.8 mm away'):
+        patients.readCase(paths | seg)
+
+
+def test_readCase_takesATrailingAxisOfOne(writeCase):
+    """A 3-D volume stored as (W, H, D, 1) is read."""
+    image, classes = patients.readCase(
+        writeCase(volumesOf(np.ones((3, 4, 5, 6, 1), np.int16), np.zeros((4, 5, 6, 1), np.uint8)))
+    )
+    assert image.shape == (3, 4, 5, 6) and classes.shape == (4, 5, 6)
+
+
+def test_readCase_readsForeignNamesWithoutSeg(writeCase):
+    """An image whose name tells no edition can be predicted: only labels need one."""
+    paths = writeCase(volumesOf(np.ones((3, 4, 5, 6), np.int16)), 'Smith')
+    assert patients.readCase(paths)[1] is None
+
+
+def test_makeFileList_saysWhichFolderDoesNotExist(tmp_path):
+    """A folder that is not there is named; without one, what to set; config.DATA_FOLDER is the default."""
+    with pytest.raises(FileNotFoundError, match='absent does not exist'):
+        patients.makeFileList(tmp_path / 'absent')
+    config.DATA_FOLDER = None
+    with pytest.raises(FileNotFoundError, match=r'set config\.DATA_FOLDER'):
+        patients.makeFileList()
+    touch(tmp_path, *names('BraTS2021_00001'))
+    config.DATA_FOLDER = str(tmp_path)
+    assert len(patients.makeFileList()) == 1
+
+
+def test_makeFileList_findsTestSets(tmp_path):
+    """imagesTs of the Decathlon and the testing patients of 2020 are patients without a seg."""
+    touch(tmp_path, 'imagesTs/BRATS_485.nii.gz', *names('BraTS20_Testing_001', COLUMNS[:4]))
+    table = patients.makeFileList(tmp_path)
+    assert list(table.index) == ['BRATS_485', 'BraTS20_Testing_001'] and table['seg'].isna().all()
+
+
+def test_makeFileList_passesOverOtherOrgansOfTheDecathlon(tmp_path):
+    """imagesTr of another task holds no patients of ours, and asks for no edition."""
+    touch(tmp_path, *names('BraTS2021_00001'), 'Task02/imagesTr/la_003.nii.gz', 'Task02/labelsTr/la_003.nii.gz')
+    assert list(patients.makeFileList(tmp_path).index) == ['BraTS2021_00001']
+
+
+def test_patientOf_namesADictByItsFolder(writeCase):
+    """A row given as a dict is named by the folder of its first file; empty cells of any kind are passed over."""
+    paths = writeCase(volumesOf(np.ones((3, 4, 4, 4), np.int16)))
+    for empty in (None, np.nan, pd.NA):
+        assert patients.patientOf({'t1': empty, **paths}) == 'BraTS20_Training_001'

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import h5py
@@ -212,3 +213,118 @@ def test_trainTransform_keepsShapesAndClasses():
         assert changed.shape == (1, 3, 32, 32) and changed.dtype == torch.float32
         assert classes.shape == (1, 32, 32) and classes.dtype == torch.uint8
         assert set(classes.unique().tolist()) <= {0, 3}
+
+
+def test_describe_isTheSameForEqualTransforms():
+    """Two equal functions that live at once are described alike, what they compute with tells them apart."""
+    equal = [lambda subject: subject for _ in range(2)]
+    assert preprocess.describe(equal[0]) == preprocess.describe(equal[1])
+    assert '0x' not in json.dumps(preprocess.describe(preprocess.makeTransforms()[0]))
+
+
+def test_makeDataset_numbersWindowsOfAnOblongVolume(writeCase, tmp_path):
+    """In 3 x 2 windows a tumor in the last row and first column is cut from there, whatever the volume's sides."""
+    *_, paths = makePatient(writeCase, shape=(80, 40, 4), tumor=(slice(70, 75), slice(0, 5), 2))
+    preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5')
+    with h5py.File(tmp_path / 'a.h5') as file:
+        assert (file['row'][:].tolist(), file['column'][:].tolist()) == ([48], [0])
+        assert file['label'][0, 22:27, :5].min() == 3
+
+
+def test_makeTransforms_carriesEveryNumber():
+    """Flip, anisotropy, elastic, noise and bias field are the contract's, and all of them config's."""
+
+    def leaves():
+        train, *_ = preprocess.makeTransforms()
+        return train, {type(one).__name__: one for group in train.transforms[1:] for one in group.transforms_dict}
+
+    train, one = leaves()
+    assert train.transforms[0].padding_mode == 'minimum' and train.transforms[2].probability == 0.95
+    assert one['RandomFlip'].axes == (0, 1) and one['RandomFlip'].flip_probability == 0.5
+    assert one['RandomAnisotropy'].axes == (0, 1) and one['RandomAnisotropy'].downsampling_range == (1.5, 2.5)
+    assert tuple(one['RandomElasticDeformation'].max_displacement) == (2, 2, 0)
+    assert one['RandomNoise'].std_range == (0, 0.1) and one['RandomBiasField'].coefficients_range == (-0.1, 0.1)
+    config.FLIP_AXES, config.ANISOTROPY_DOWNSAMPLING, config.NOISE_STD, config.BIAS_COEFFICIENTS = (0,), (2, 3), 1, 1
+    _, one = leaves()
+    assert one['RandomFlip'].axes == (0,) and one['RandomAnisotropy'].downsampling_range == (2, 3)
+    assert one['RandomNoise'].std_range == (0, 1) and one['RandomBiasField'].coefficients_range == (-1, 1)
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [('MODALITIES', ('t2', 't1ce', 'flair')), ('EDITION', 'BraTS2021'), ('SEED', 1), ('BACKGROUND_SHARE', 0.5),
+     ('PATCH_SIZE', 40), ('PATCH_STRIDE', 16), ('STRETCH_RANGE', (0, 1)), ('STRETCH_PERCENTILES', (1, 99))],
+)  # fmt: skip
+def test_makeDataset_isMadeAnewForEverySetting(writeCase, tmp_path, capsys, name, value):
+    """A file made with one number changed is not taken for this one."""
+    *_, paths = makePatient(writeCase)
+    preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5')
+    setattr(config, name, value)
+    preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5')
+    assert 'is made anew' in capsys.readouterr().out
+
+
+def test_makeDataset_numbersItsPatientsAndLeavesOutTheUnlabelled(writeCase, tmp_path, capsys):
+    """`case` is the place in `patients`; one without a seg has none; each draws its own background."""
+    rows = {
+        f'P{i}': makePatient(writeCase, patient=f'BraTS20_Training_00{i}', shape=(80, 80, 12))[-1] for i in (1, 2, 3)
+    }
+    rows['P2'] = {**rows['P2'], 'seg': None}
+    config.BACKGROUND_SHARE = 0.5
+    preprocess.makeDataset(dataframe=listOf(**rows), filename=tmp_path / 'a.h5')
+    with h5py.File(tmp_path / 'a.h5') as file:
+        assert set(file['case'][:]) == {0, 1} and file.attrs['patients'] == '["P1", "P3"]'
+        places = [[tuple(file[n][file['case'][:] == case]) for n in ('slice', 'row', 'column')] for case in (0, 1)]
+    assert places[0] != places[1]
+    assert '1 of 3 patients have no segmentation' in capsys.readouterr().out
+
+
+def test_makeDataset_tellsNegativeIntensitiesFromStretchedOnes(writeCase, tmp_path):
+    """Values from -600 to 1 do not fit float16 to the last digit either: float32."""
+    *_, paths = makePatient(writeCase)
+    lower = lambda subject: {k: (v if k == 'y' else v.float().clamp(max=0) * 10 - 0.123) for k, v in subject.items()}  # noqa: E731
+    preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5', transform=lower)
+    with h5py.File(tmp_path / 'a.h5') as file:
+        assert file['image'].dtype == np.float32
+
+
+def test_describe_tellsFunctionsApartByWhatTheyCompute():
+    """Other constants, other held values, other arguments and a cell run again make another description."""
+    hold = lambda factor: lambda subject: subject * factor  # noqa: E731
+    scope = {}
+    exec('def mine(subject):\n    return subject * 2', scope)
+    first = scope['mine']
+    exec('def mine(subject):\n    return subject * 3', scope)
+    pairs = [
+        (lambda subject: subject * 2, lambda subject: subject * 3),
+        (hold(2), hold(3)),
+        (functools.partial(hold, 2), functools.partial(hold, 3)),
+        (first, scope['mine']),
+    ]
+    for one, other in pairs:
+        assert preprocess.describe(one) != preprocess.describe(other)
+    assert preprocess.describe(hold(2)) == preprocess.describe(hold(2))
+
+
+def test_makeDataset_isMadeAnewForOtherFilesOfTheSameNames(writeCase, tmp_path, capsys):
+    """A corrected copy of a patient, under the same name, is not taken for the one that was cut."""
+    *_, paths = makePatient(writeCase)
+    preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5')
+    paths |= writeCase({'t2': np.ones((40, 44, 6), np.int16)}, folder='copy')
+    preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5')
+    assert 'is made anew' in capsys.readouterr().out
+
+
+def test_makeDataset_takesNumpyNumbers(writeCase, tmp_path):
+    """A stride or a share computed with NumPy is a number like any other."""
+    config.PATCH_STRIDE, config.BACKGROUND_SHARE = np.int64(24), np.float32(0)
+    *_, paths = makePatient(writeCase)
+    assert preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5') == 1
+
+
+def test_makeDataset_refusesATransformThatChangesTheShape(writeCase, tmp_path):
+    """A patch transform given for the whole volume's is told, with the patient."""
+    *_, paths = makePatient(writeCase)
+    pad = tio.CropOrPad((32, 32, 1), include=['x1', 'x2', 'x3', 'y'], label_keys=['y'])
+    with pytest.raises(ValueError, match=r'P1: the transform made \(1, 3, 32, 32\) of \(40, 44, 6\)'):
+        preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5', transform=pad)

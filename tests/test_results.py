@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from conftest import COLUMNS
 
 import config
 import metrics
@@ -168,3 +169,49 @@ def test_scoreFolder_isAsScorePatient(cohortOf, tmp_path):
     spacing = patients.spacingOf(rows.iloc[0])
     expected = metrics.scoreTable({rows.index[0]: metrics.scorePatient(label, moved, spacing)})
     pd.testing.assert_frame_equal(results.scoreFolder(rows, tmp_path), expected)
+
+
+def test_scoreFolder_knowsTruthFromPredictionAndTheVoxels(writeCase, tmp_path):
+    """A prediction with half of a 2 x 1 x 3 mm truth: sensitivity 1/2, precision 1, volumes 0.48 and 0.24 ml."""
+    label = np.zeros((12, 11, 10), np.uint8)
+    label[2:6, 2:6, 2:7] = 2
+    paths = writeCase(dict.fromkeys(('t1', 't1ce', 't2', 'flair'), np.ones((12, 11, 10), np.int16)) | {'seg': label},
+                      affine=np.diag([2, 1, 3, 1]))  # fmt: skip
+    df = pd.DataFrame([paths], index=['BraTS20_Training_001'])
+    written = label.copy()
+    written[2:4] = 0
+    nib.save(nib.Nifti1Image(written, np.diag([2, 1, 3, 1])), tmp_path / 'BraTS20_Training_001.nii.gz')
+    row = results.scoreFolder(df, tmp_path).set_index('region').loc['WT']
+    assert (row['sensitivity'], row['precision']) == (0.5, 1) and row['hd95'] == pytest.approx(4)
+    assert (row['volumeTruth'], row['volumePredicted']) == pytest.approx((0.48, 0.24))
+
+
+def test_predictFolder_appliesEachRule(writeCase, tmp_path):
+    """Enhancing tumor below smallET becomes necrotic core; smallPart is in ml, by the patient's own voxels."""
+    image = np.zeros((3, 40, 40, 4), np.int16)
+    image[:, 4:36, 4:36] = np.arange(1, 33)[:, None, None]
+    paths = writeCase(dict(zip(('t1ce', 't2', 'flair'), image, strict=True)), affine=np.diag([2, 2, 2, 1]))
+    paths |= writeCase({'seg': np.ones((40, 40, 4), np.uint8)}, affine=np.diag([2, 2, 2, 1]))
+    df = pd.DataFrame([{**dict.fromkeys(COLUMNS), **paths}], index=['BraTS20_Training_001'])
+
+    class Dots(torch.nn.Module):
+        def forward(self, patches):
+            classes = torch.zeros(len(patches), *patches.shape[2:], dtype=torch.long)
+            classes[:, 5:9, 5:9] = 3  # 16 pixels on 4 slices: 64 voxels of 8 mm3 = 0.512 ml
+            return 9.0 * torch.nn.functional.one_hot(classes, 4).movedim(-1, 1)
+
+    def write(name, **rules):
+        results.predictFolder(df, Dots(), tmp_path / name, **rules)
+        return np.unique(
+            np.asarray(nib.load(tmp_path / name / 'upload' / 'BraTS20_Training_001.nii.gz').dataobj)
+        ).tolist()
+
+    assert write('a') == [0, 4] and write('b', smallET=65) == [0, 1] and write('c', smallPart=0.5) == [0, 4]
+    assert write('d', smallPart=0.52) == [0]
+
+
+def test_scoreFolder_asksTheTruthForItsEdition(cohortOf, tmp_path):
+    """A truth folder of segmentations alone is enough: the name of the prediction need not tell an edition."""
+    rows = cohortOf.iloc[[0]].assign(t1=None, t1ce=None, t2=None, flair=None)
+    nib.save(nib.load(rows['seg'].iloc[0]), tmp_path / f'{rows.index[0]}.nii.gz')
+    assert (results.scoreFolder(rows, tmp_path)['dice'] == 1).all()

@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import random
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import batched
 import config
 import engine
 import preprocess
@@ -47,9 +49,9 @@ def test_BRATSDataset_handsOutShapesAndDtypes(tmp_path):
 @pytest.mark.parametrize('cache', [0, 1])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_BRATSDataset_handsALoaderWhatIsStored(tmp_path, workers, cache):
-    """Without a transform a batch has the stored dtypes and the order asked for, repeats too, from memory or file."""
+    """A raw batch has the stored dtypes and the order asked for, repeats too, from memory or file."""
     config.CACHE_PATCHES = cache
-    dataset = utils.BRATSDataset(writePatches(tmp_path / 'a.h5'), 11, None)
+    dataset = utils.BRATSDataset(writePatches(tmp_path / 'a.h5'), 11, raw=True)
     order = [7, 3, 3, 10, 0, 5, 9, 1]
     loader = torch.utils.data.DataLoader(dataset, batch_size=4, sampler=order, num_workers=workers)
     images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
@@ -122,32 +124,35 @@ def makeRun(seed=0, channels=3, width=8):
     return model, optimizer, scheduler, torch.amp.GradScaler('cuda', enabled=False)
 
 
-def runEpochs(tmp_path, upTo, workers):
+def runEpochs(tmp_path, upTo, workers, isBatched):
     """The contract's loop from the last checkpoint on, with random transforms, shuffling and dropout."""
     config.LAST_CHECKPOINT, config.BEST_CHECKPOINT = str(tmp_path / 'last.pt'), str(tmp_path / 'best.pt')
-    dataset = utils.BRATSDataset(writePatches(tmp_path / 'a.h5'), 12, preprocess.makeTransforms()[0])
+    transform = preprocess.makeTransforms()[0]
+    augment = batched.Batched(transform) if isBatched else None
+    dataset = utils.BRATSDataset(writePatches(tmp_path / 'a.h5'), 12, None if isBatched else transform, raw=isBatched)
     loader = loaderOf(dataset, workers, shuffle=True)
     state = utils.loadCheckpoint(*makeRun(), config.LAST_CHECKPOINT)
     model, optimizer, scheduler, scaler, epoch, _, _, best = state
     for number in range(epoch, upTo):
-        trainLoss = engine.train(model, torch.nn.CrossEntropyLoss(), optimizer, scaler, loader) / len(dataset)
+        trainLoss = engine.train(model, torch.nn.CrossEntropyLoss(), optimizer, scaler, loader, augment) / len(dataset)
         valLoss = engine.validate(model, torch.nn.CrossEntropyLoss(), loader) / len(dataset)
         scheduler.step(valLoss)
         best = utils.makeCheckpoint(number, model, optimizer, scheduler, scaler, trainLoss, valLoss, best)
     return model, utils.readHistory(), random.random(), np.random.rand()
 
 
+@pytest.mark.parametrize('isBatched', [False, True])
 @pytest.mark.parametrize('workers', [0, 2])
-def test_loadCheckpoint_resumedEqualsUninterrupted(tmp_path, workers):
+def test_loadCheckpoint_resumedEqualsUninterrupted(tmp_path, workers, isBatched):
     """Stopped after two epochs of four and gone on: weights, history and random states of the whole run, to the bit."""
     (tmp_path / 'whole').mkdir()
     (tmp_path / 'parts').mkdir()
     random.seed(0), np.random.seed(0)
-    whole, history, *drawn = runEpochs(tmp_path / 'whole', 4, workers)
+    whole, history, *drawn = runEpochs(tmp_path / 'whole', 4, workers, isBatched)
     random.seed(0), np.random.seed(0)
-    runEpochs(tmp_path / 'parts', 2, workers)
+    runEpochs(tmp_path / 'parts', 2, workers, isBatched)
     torch.manual_seed(99), random.seed(99), np.random.seed(99)
-    resumed, resumedHistory, *resumedDrawn = runEpochs(tmp_path / 'parts', 4, workers)
+    resumed, resumedHistory, *resumedDrawn = runEpochs(tmp_path / 'parts', 4, workers, isBatched)
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
     assert history.equals(resumedHistory) and list(history['epoch']) == [0, 1, 2, 3]
@@ -230,3 +235,68 @@ def test_loadCheckpoint_refusesStrangersInWords(tmp_path, capsys):
     (tmp_path / 'cut.pt').write_bytes(stream.getvalue()[:2000])
     with pytest.raises(ValueError, match=r'cut\.pt is not a checkpoint'):
         utils.loadCheckpoint(*run, tmp_path / 'cut.pt')
+
+
+def test_loadCheckpoint_bringsBackSchedulerAndScaler(tmp_path):
+    """A plateau that was counted before the stop goes on being counted; a scaler that is on gets its scale back."""
+    config.LAST_CHECKPOINT, config.BEST_CHECKPOINT = str(tmp_path / 'last.pt'), str(tmp_path / 'best.pt')
+    model, optimizer, _, _ = makeRun()
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+    for loss in (1.0, 2.0):
+        scheduler.step(loss)
+    scaler = torch.amp.GradScaler('cpu', init_scale=8.0)
+    utils.makeCheckpoint(1, model, optimizer, scheduler, scaler, 2, 2, 1)
+    model, optimizer, _, _ = makeRun(1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+    scaler = torch.amp.GradScaler('cpu')
+    utils.loadCheckpoint(model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT)
+    assert scaler.get_scale() == 8 and scheduler.num_bad_epochs == 1 and scheduler.best == 1
+    scheduler.step(2.0)
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(1e-3)
+
+
+def test_makeCheckpoint_survivesADeathBetweenItsFiles(tmp_path, monkeypatch):
+    """The best file is moved in place before the last; a death in the middle of either leaves the older one whole."""
+    config.LAST_CHECKPOINT, config.BEST_CHECKPOINT = str(tmp_path / 'last.pt'), str(tmp_path / 'best.pt')
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, 'replace', lambda part, file: (moved.append(os.path.basename(file)), replace(part, file)))
+    run = makeRun()
+    utils.makeCheckpoint(0, *run, 2, 2, 3)
+    assert moved == ['history.csv', 'best.pt', 'last.pt']
+
+    def die(content, file):
+        file.write(b'half')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, 'save', die)
+    with pytest.raises(KeyboardInterrupt):
+        utils.makeCheckpoint(1, *run, 1, 1, 2)
+    assert utils.loadCheckpoint(*makeRun(1), config.BEST_CHECKPOINT)[4] == 1
+    assert utils.loadCheckpoint(*makeRun(1), config.LAST_CHECKPOINT)[4] == 1
+    assert not list(tmp_path.glob('*.part'))
+
+
+def test_BRATSDataset_opensItsOwnHandleInAnotherProcess(tmp_path):
+    """A dataset that finds itself in another process does not read through the handle it came with."""
+    config.CACHE_PATCHES = 0
+    dataset = utils.BRATSDataset(writePatches(tmp_path / 'a.h5'), 12, None)
+    handle, dataset._process = dataset.file, -1
+    dataset[0]
+    assert dataset.file is not handle and dataset._process == os.getpid()
+
+
+def test_BRATSDataset_picklingLeavesTheHandleOpen(tmp_path):
+    """What is sent to a worker leaves the file open here."""
+    dataset = utils.BRATSDataset(writePatches(tmp_path / 'a.h5'), 12, None)
+    dataset.__getstate__()
+    assert dataset.file
+
+
+def test_BRATSDataset_keepsTheContractInALoader(tmp_path):
+    """Unless raw is asked for, batches are float32 and int64, with and without a transform; raw takes none."""
+    file = writePatches(tmp_path / 'a.h5')
+    for transform in (None, preprocess.makeTransforms()[1]):
+        image, label = next(iter(loaderOf(utils.BRATSDataset(file, 12, transform))))
+        assert image.dtype == torch.float32 and label.dtype == torch.int64
+    with pytest.raises(ValueError, match='cannot go with a transform'):
+        utils.BRATSDataset(file, 12, preprocess.makeTransforms()[1], raw=True)
