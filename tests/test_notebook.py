@@ -26,7 +26,7 @@ def test_notebook_isTheStoryOnly(cells):
     """No function is defined in it, cells are short, and each step has a sentence."""
     code = [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code']
     assert not re.search(r'^\s*(def|class) ', '\n'.join(code), re.MULTILINE)
-    assert all(len(source.splitlines()) <= 30 for source in code)
+    assert all(len(source.splitlines()) <= 25 for source in code)
     assert sum(cell['cell_type'] == 'markdown' for cell in cells) >= 8
 
 
