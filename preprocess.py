@@ -184,7 +184,8 @@ def makeDataset(dataframe, filename, transform=None):
     Args:
         dataframe: file list; patients without a segmentation are left out, and counted.
         filename: path of the file.
-        transform: torchio transform of the whole volume, in the place of `volumeTransform()`.
+        transform: torchio transform of the whole volume, in the place of `volumeTransform()`; one that draws nothing,
+            for patients are cut side by side.
 
     Raises:
         ValueError, FileNotFoundError: what `patients.readCase` says of bad data; no patch was found.
@@ -228,8 +229,10 @@ def describe(value):
         return value
     if isinstance(value, dict):
         return [[describe(key), describe(item)] for key, item in value.items()]
-    if isinstance(value, (list, tuple, set)):
+    if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
     if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
         return value.tolist()
     if isinstance(value, types.CodeType):
@@ -242,7 +245,8 @@ def describe(value):
         return [describe(value.func), describe(value.args), describe(value.keywords)]
     if hasattr(value, '__qualname__'):
         return f'{value.__module__}.{value.__qualname__}'
-    return [describe(type(value)), describe(dict(sorted(vars(value).items())))]
+    held = describe(dict(sorted(vars(value).items()))) if hasattr(value, '__dict__') else repr(value)
+    return [describe(type(value)), held]
 
 
 def _countIfDone(filename, settings, cases):

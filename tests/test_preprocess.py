@@ -304,6 +304,8 @@ def test_describe_tellsFunctionsApartByWhatTheyCompute():
     for one, other in pairs:
         assert preprocess.describe(one) != preprocess.describe(other)
     assert preprocess.describe(hold(2)) == preprocess.describe(hold(2))
+    known = lambda subject: subject if b'x' in {b'x', b'y'} else ...  # noqa: E731
+    assert json.dumps(preprocess.describe(known))  # whatever a function's code may hold can be written
 
 
 def test_makeDataset_isMadeAnewForOtherFilesOfTheSameNames(writeCase, tmp_path, capsys):
