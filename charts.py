@@ -277,12 +277,12 @@ def _drawAgreement(panel, pairs, top):
     differences = pairs[:, 1] - pairs[:, 0]
     bias = differences.mean()
     if len(pairs) < 2 or np.isnan(bias):
-        return f'difference {bias:+.2g} ml'
+        return f'difference {bias:+.3g} ml'
     reach = 1.96 * differences.std(ddof=1)
     for end in (bias - reach, bias + reach):
         style = {'color': ORANGE, 'linewidth': 1, 'linestyle': '--', 'label': 'limit'}
         panel.plot(line + max(-end, 0), line + max(end, 0), **style)  # from where one of both volumes is 0
-    return f'mean difference {bias:+.2g} ml,\nlimits {bias - reach:+.2g} to {bias + reach:+.2g} ml'
+    return f'mean difference {bias:+.3g} ml,\nlimits {bias - reach:+.3g} to {bias + reach:+.3g} ml'
 
 
 def plotTuning(result):

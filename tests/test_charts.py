@@ -275,7 +275,7 @@ def test_plotVolumes_saysTheAgreement():
     table = makeTable(WT=[0.9] * 3)
     table['volumeTruth'], table['volumePredicted'] = [10, 20, 30], [11, 22, 33]
     panel = charts.plotVolumes(table).axes[0]
-    assert panel.get_title() == 'WT: mean difference +2 ml,\nlimits +0.04 to +4 ml'
+    assert panel.get_title() == 'WT: mean difference +2 ml,\nlimits +0.04 to +3.96 ml'
     reach = [line.get_ydata() - line.get_xdata() for line in linesOf(panel, 'limit')]
     assert np.allclose(reach[0], 0.04) and np.allclose(reach[1], 3.96)
     assert panel.get_xscale() == 'linear'  # 10 to 33 ml is less than a factor of 30
