@@ -157,7 +157,7 @@ def _epoch(name, step, model, loader, device, transform, remark):
         losses.append(step(image, label.long()))
         sizes.append(len(image))
         if number % _CHECK_EVERY == 0 or number == len(loader):
-            values = torch.stack(losses).double().cpu() if device.type != 'mps' else torch.stack(losses).cpu().double()
+            values = torch.stack(losses).cpu().double()  # in this order: mps has no float64
             if not values.isfinite().all():
                 first = number - len(values) + 1 + int((~values.isfinite()).nonzero()[0])
                 raise FloatingPointError(

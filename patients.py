@@ -179,8 +179,8 @@ def hasFile(paths, column):
     return column in paths and not pd.isna(paths[column])
 
 
-def sizeOf(paths, column):
-    """Gives the size in bytes of a file of a row of the file list.
+def fileOf(paths, column):
+    """Gives the Path of a file of a row of the file list, which is there.
 
     Raises:
         FileNotFoundError: the row has no path in the column, or there is no file.
@@ -189,7 +189,7 @@ def sizeOf(paths, column):
         raise FileNotFoundError(f'{patientOf(paths)}: no file for the modality {column} of config.MODALITIES.')
     if not Path(paths[column]).is_file():
         raise FileNotFoundError(f'{patientOf(paths)}: {paths[column]} does not exist.')
-    return Path(paths[column]).stat().st_size
+    return Path(paths[column])
 
 
 def patientOf(paths):
@@ -221,8 +221,7 @@ def readCase(paths):
         channels = {}  # names that tell nothing: that matters only where there are labels
     image = grid = None
     for place, modality in enumerate(config.MODALITIES):
-        sizeOf(paths, modality)
-        volume, affine = readVolume(paths[modality], patient, channels.get(modality), opened)
+        volume, affine = readVolume(fileOf(paths, modality), patient, channels.get(modality), opened)
         if image is None:
             # in memory as in the files, whose first axis is the fastest: to turn it around takes longer than to read it
             image = np.empty((len(config.MODALITIES), *volume.shape[::-1]), np.float32).transpose(0, 3, 2, 1)
@@ -270,13 +269,12 @@ def readVolume(path, patient, channel=None, opened=None):
     opened = {} if opened is None else opened
     try:
         nifti = nib.load(path)
-        if path not in opened:
-            opened[path] = _unpack(nifti, path, 3 if channel is None else 4)
-        volume = opened[path]
         if channel is None:
-            del opened[path]
+            volume = _unpack(nifti, path, 3)
         else:
-            volume = volume[..., channel]
+            if path not in opened:
+                opened[path] = _unpack(nifti, path, 4)
+            volume = opened[path][..., channel]
         low, high = volume.min(), volume.max()
         if not (low >= -MAX_MAGNITUDE and high <= MAX_MAGNITUDE):  # NaN fails both
             raise ValueError(f'its values run from {low} to {high}; finite values within 1e6 were expected')

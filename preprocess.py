@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 import config
 from cohort import annotated
 from files import writeWhole
-from patients import readCase, sizeOf
+from patients import fileOf, readCase
 
 FORMAT = 1  # of the patch file; raised when its layout changes, so that older files are made anew
 
@@ -218,7 +218,8 @@ def _settings(transform, dataframe):
     names = ('MODALITIES', 'EDITION', 'PATCH_SIZE', 'PATCH_STRIDE', 'BACKGROUND_SHARE', 'SEED')
     values = {name: describe(getattr(config, name)) for name in names}
     # the same names may stand for other files: those of another folder, or mended ones
-    sizes = [[sizeOf(paths, column) for column in (*config.MODALITIES, 'seg')] for _, paths in dataframe.iterrows()]
+    columns = (*config.MODALITIES, 'seg')
+    sizes = [[fileOf(paths, column).stat().st_size for column in columns] for _, paths in dataframe.iterrows()]
     values['files'] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     return json.dumps({'format': FORMAT, **values, 'transform': describe(transform)}, sort_keys=True)
 

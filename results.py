@@ -32,8 +32,6 @@ def saveSegmentation(yhat, paths, file):
     Raises:
         ValueError: `yhat` does not have the images' shape, or holds other classes; or `file` ends otherwise.
     """
-    if not str(file).endswith(('.nii', '.nii.gz')):
-        raise ValueError(f'{file}: a name that ends in .nii or .nii.gz was expected.')
     classes = np.asarray(yhat)
     labels = EDITIONS[tellEdition(paths)].labels()
     if not np.isin(classes, np.arange(len(labels))).all():
@@ -172,9 +170,7 @@ def scoreFolder(df, folder):
         written, affine = readVolume(str(file), patient)
         predicted = pd.Series({**paths, 'seg': str(file)}, name=patient)
         checkGrid(predicted, 'seg', written.shape, affine, truth.shape, grid)
-        y, yhat = (
-            toClasses(volume, row, tellEdition(paths)).transpose(2, 0, 1)
-            for volume, row in ((truth, paths), (written, predicted))
-        )
-        scores[patient] = metrics.scorePatient(y, yhat, spacingOf(paths))
+        edition = tellEdition(paths)  # of the truth: the other file's name need not tell one
+        y, yhat = toClasses(truth, paths, edition), toClasses(written, predicted, edition)
+        scores[patient] = metrics.scorePatient(y.transpose(2, 0, 1), yhat.transpose(2, 0, 1), spacingOf(paths))
     return metrics.scoreTable(scores)
