@@ -26,6 +26,7 @@ import counts
 import distances
 import engine
 import gifs
+import histogram
 import peers
 import phantom
 import preprocess
@@ -54,7 +55,7 @@ def stretchingTransform():
     pad, spatial, intensity = preprocess.makeTransforms()[0].transforms
     images = preprocess.imageKeys()
     stretch = tio.RescaleIntensity(
-        config.STRETCH_RANGE, config.STRETCH_PERCENTILES, masking_method=preprocess.maskFunction, include=images
+        config.STRETCH_RANGE, config.STRETCH_PERCENTILES, masking_method=histogram.maskFunction, include=images
     )
     return tio.Compose([pad, spatial, stretch, intensity], include=[*images, 'y'], label_keys=['y'])
 

@@ -214,25 +214,41 @@ def readCase(paths):
         ValueError: a file cannot be read, is not 3-D, is not finite or beyond 1e6, lies on another grid than the first
             modality, or has a label that its edition does not know. Patient and file are named.
     """
-    patient, opened = patientOf(paths), {}
+    label, *volumes = readVolumes(paths)
+    # in memory as in the files, whose first axis is the fastest: to turn it around takes longer than to read it
+    image = np.empty((len(volumes), *volumes[0].shape[::-1]), np.float32).transpose(0, 3, 2, 1)
+    for channel, volume in zip(image, volumes, strict=True):
+        channel[:] = volume
+    return image, None if label is None else np.asfortranarray(label)
+
+
+def readVolumes(paths):
+    """Yields what `readCase` gives, and refuses what it refuses: the label, then each modality in its file's dtype.
+
+    A volume is read when it is asked for, and none is held here: into memory that was just given back the next is read
+    in two thirds of the time.
+    """
+    patient, opened, label = patientOf(paths), {}, None
     try:
         channels = EDITIONS[tellEdition(paths)].channels or {}
     except ValueError:
         channels = {}  # names that tell nothing: that matters only where there are labels
-    image = grid = None
-    for place, modality in enumerate(config.MODALITIES):
-        volume, affine = readVolume(fileOf(paths, modality), patient, channels.get(modality), opened)
-        if image is None:
-            # in memory as in the files, whose first axis is the fastest: to turn it around takes longer than to read it
-            image = np.empty((len(config.MODALITIES), *volume.shape[::-1]), np.float32).transpose(0, 3, 2, 1)
-            grid = affine
-        checkGrid(paths, modality, volume.shape, affine, image.shape[1:], grid)
-        image[place] = volume
-    if not hasFile(paths, 'seg'):
-        return image, None
-    volume, affine = readVolume(paths['seg'], patient)
-    checkGrid(paths, 'seg', volume.shape, affine, image.shape[1:], grid)
-    return image, toClasses(volume, paths)
+    files = [(modality, fileOf(paths, modality)) for modality in config.MODALITIES]
+    grids = {}
+    if hasFile(paths, 'seg'):
+        volume, affine = readVolume(paths['seg'], patient)
+        label, grids['seg'] = toClasses(volume, paths), (volume.shape, affine)
+        del volume
+    yield label
+    del label
+    for modality, file in files:
+        volume, affine = readVolume(file, patient, channels.get(modality), opened)
+        grids[modality] = volume.shape, affine
+        for other in ('seg', modality):
+            if other in grids:
+                checkGrid(paths, other, *grids[other], *grids[config.MODALITIES[0]])
+        yield volume
+        del volume
 
 
 def readLabel(paths):
@@ -275,7 +291,8 @@ def readVolume(path, patient, channel=None, opened=None):
             if path not in opened:
                 opened[path] = _unpack(nifti, path, 4)
             volume = opened[path][..., channel]
-        low, high = volume.min(), volume.max()
+        isShort = volume.dtype.kind in 'iu' and volume.dtype.itemsize < 4  # such numbers end at 65,535
+        low, high = (0, 0) if isShort else (volume.min(), volume.max())
         if not (low >= -MAX_MAGNITUDE and high <= MAX_MAGNITUDE):  # NaN fails both
             raise ValueError(f'its values run from {low} to {high}; finite values within 1e6 were expected')
         orientation = nib.io_orientation(nifti.affine)
@@ -339,13 +356,31 @@ def toClasses(volume, paths, edition=None):
     table = np.full(256, UNKNOWN, np.uint8)
     for label, number in EDITIONS[edition].classes.items():
         table[label] = number
-    isByte = labels.min() >= 0 and labels.max() <= 255
-    classes = table[labels.astype(np.uint8, copy=False)] if isByte else None
-    if classes is None or classes.max() == UNKNOWN:
+    # nearly all of a segmentation is 0, which is class 0 in every edition: only the rest is looked up
+    turn, turnBack = alongMemory(labels)
+    isLabelled = turn(labels) != 0
+    given = turn(labels)[isLabelled]
+    isByte = given.size == 0 or (given.min() >= 0 and given.max() <= 255)
+    numbers = table[given.astype(np.uint8)] if isByte else None
+    if numbers is None or (numbers == UNKNOWN).any():
         found, known = (sorted(int(label) for label in some) for some in (np.unique(labels), EDITIONS[edition].classes))
         others = [name for name in EDITIONS if not EDITIONS[name].isTold and EDITIONS[name].parse(paths['seg'])]
         hint = f' Is it config.EDITION = {others[0]!r}?' if others and config.EDITION is None else ''
         raise ValueError(
             f'{patientOf(paths)}: {paths["seg"]} has the labels {found[:9]}, but {edition} knows {known}.{hint}'
         )
-    return classes
+    classes = np.zeros(isLabelled.shape, np.uint8)
+    classes[isLabelled] = numbers
+    return turnBack(classes)
+
+
+def alongMemory(array):
+    """Gives two functions: one views arrays of this one's axes as its memory runs, the other turns them back.
+
+    Volumes come from files whose first axis is the fastest, and from axis orders that run backwards; masks of NumPy
+    work twice as fast where the last axis is, and runs forwards.
+    """
+    forwards = tuple(slice(None, None, -1 if step < 0 else 1) for step in array.strides)
+    order = np.argsort([-abs(step) for step in array.strides], kind='stable')
+    back = np.argsort(order)
+    return lambda each: each[forwards].transpose(order), lambda each: each.transpose(back)[forwards]

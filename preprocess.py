@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import types
 import zlib
 from collections import deque
@@ -14,47 +15,17 @@ import h5py
 import numpy as np
 import torch
 import torchio as tio
+from isal import isal_zlib
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm.auto import tqdm
 
 import config
 from cohort import annotated
 from files import writeWhole
-from patients import fileOf, readCase
+from histogram import StretchHistogram, maskFunction
+from patients import alongMemory, fileOf, readCase, readVolumes
 
-FORMAT = 1  # of the patch file; raised when its layout changes, so that older files are made anew
-
-
-def maskFunction(x):
-    """Gives the brain mask of an image tensor: bool of its shape, True where it is not background (0)."""
-    return x != 0
-
-
-class StretchHistogram(tio.RescaleIntensity):
-    """torchio's RescaleIntensity, but what the mask leaves out gets the lower end of the range.
-
-    Inside the mask the result is RescaleIntensity's. Outside, the plain class maps background like any other intensity:
-    to somewhere inside the range where the brain has negative ones. An image with an empty mask, or with one value in
-    all of it, becomes the lower end everywhere; the plain class would leave its intensities as they are.
-    """
-
-    def rescale(self, tensor, mask, image_name):
-        array, mask = tensor.numpy(), mask.numpy()
-        isTurned = array.flags.f_contiguous  # as volumes come from their files: masks are fast along the memory only
-        if isTurned:
-            array, mask = array.T, mask.T
-        values = array[mask].astype(np.float32)
-        low, high = np.percentile(values, self.percentiles) if values.size else (0, 0)
-        if self.in_min_max is not None:
-            low, high = self.in_min_max
-        stretched = np.full(array.shape, self.out_min, np.float32)
-        if high > low:
-            np.clip(values, low, high, out=values)
-            values -= low
-            values *= (self.out_max - self.out_min) / (high - low)
-            values += self.out_min
-            stretched[mask] = values
-        return torch.from_numpy(stretched.T if isTurned else stretched)
+FORMAT = 2  # of the patch file; raised when its layout changes, so that older files are made anew
 
 
 def imageKeys():
@@ -108,7 +79,7 @@ def makeTransforms():
         tio.OneOf(spatial, p=config.SPATIAL_PROBABILITY, **both),
         tio.OneOf(intensity, p=config.INTENSITY_PROBABILITY, **both),
     ]
-    return tio.Compose(train, **both), tio.Compose([pad], **both), tio.Compose([volumeTransform()], **both)
+    return tio.Compose(train, **both), tio.Compose([pad], **both), tio.Compose([volumeTransform()], copy=False, **both)
 
 
 def transformCase(image, label, transform):
@@ -130,8 +101,9 @@ def transformCase(image, label, transform):
     subject['y'] = given[None]
     subject = transform(subject)
     # joined as they lie in memory, where W is the fastest axis (see patients.readCase), and only looked at as W, H
-    channels = [subject[f'x{number}'][0].permute(2, 1, 0) for number in range(1, len(images) + 1)]
-    x = torch.stack(channels, dim=1).float().transpose(2, 3)
+    channels = [subject[f'x{number}'][0].permute(2, 1, 0).numpy() for number in range(1, len(images) + 1)]
+    # by NumPy, which asks for large pages: of a whole patient torch's own stack takes ten times as long
+    x = torch.from_numpy(np.stack(channels, axis=1, dtype=np.float32)).transpose(2, 3)
     if label is None:
         return x, None
     y = subject['y'][0].permute(2, 0, 1)
@@ -191,8 +163,7 @@ def makeDataset(dataframe, filename, transform=None):
         ValueError, FileNotFoundError: what `patients.readCase` says of bad data; no patch was found.
     """
     dataframe = annotated(dataframe, str(filename))
-    transform = volumeTransform() if transform is None else transform
-    settings = _settings(transform, dataframe)
+    settings = _settings(volumeTransform() if transform is None else transform, dataframe)
     cases = json.dumps(list(dataframe.index.astype(str)))
     noPatches = _countIfDone(filename, settings, cases)
     if noPatches is not None:
@@ -275,69 +246,127 @@ def _writePatches(part, dataframe, transform, dtype):
             'label': ((size, size), np.uint8),
             **dict.fromkeys(('case', 'slice', 'row', 'column'), ((), np.int32)),
         }
+        sets = {}
         for name, (shape, kind) in kinds.items():
             chunks = (1, *shape) if shape else (4096,)  # one patch a chunk: a shuffled read fetches nothing else
-            compression = {'compression': 'lzf', 'shuffle': True} if shape else {}
-            file.create_dataset(name, (0, *shape), kind, chunks=chunks, maxshape=(None, *shape), **compression)
-        cases = _cutAhead(dataframe, transform)
-        for number, (where, image, label) in enumerate(tqdm(cases, 'cut', len(dataframe), leave=False)):
-            if dtype == np.float16 and image.size and np.abs(image).max() > 1:
+            compression = {'compression': 'gzip', 'compression_opts': _LEVEL, 'shuffle': True} if shape else {}
+            options = {'chunks': chunks, 'maxshape': (None, *shape), **compression}
+            sets[name] = file.create_dataset(name, (0, *shape), kind, **options)
+        cases = _cutAhead(dataframe, transform, dtype)
+        for number, case in enumerate(tqdm(cases, 'cut', len(dataframe), leave=False)):
+            if case is None:
                 return False
-            patches = {'image': image.astype(dtype), 'label': label, 'case': np.full(len(where), number)}
-            patches |= dict(zip(('slice', 'row', 'column'), where.T, strict=True))
-            for name, values in patches.items():
-                file[name].resize(len(file[name]) + len(values), axis=0)
-                if len(values):
-                    file[name][-len(values) :] = values
+            where, packed = case
+            start = len(sets['case'])
+            for values in sets.values():
+                values.resize(start + len(where), axis=0)
+            for name, chunks in packed.items():
+                corner = (0,) * (sets[name].ndim - 1)
+                for place, chunk in enumerate(chunks, start):
+                    sets[name].id.write_direct_chunk((place, *corner), chunk)
+            if len(where):
+                sets['case'][start:] = number
+                for name, values in zip(('slice', 'row', 'column'), where.T, strict=True):
+                    sets[name][start:] = values
     return True
 
 
-def _cutAhead(dataframe, transform):
-    """Yields where, image and label of the patches of each patient, in order; threads cut the next few meanwhile.
+_LEVEL = 1  # of gzip; higher ones take longer and save next to nothing
+
+
+def _cutAhead(dataframe, transform, dtype):
+    """Yields what `_cutCase` gives of each patient, in order; threads cut the next few meanwhile.
 
     Threads, not processes: nearly all of the work leaves the interpreter's lock, and nothing has to be started.
     """
     rows = iter(dataframe.iterrows())
     with ThreadPoolExecutor(config.PREPROCESS_WORKERS) as pool:
-        waiting = deque(pool.submit(_cutCase, *row, transform) for row in islice(rows, config.PREPROCESS_WORKERS))
-        while waiting:
+        waiting = deque()
+        while True:
+            ahead = islice(rows, config.PREPROCESS_WORKERS + 1 - len(waiting))
+            waiting.extend(pool.submit(_cutCase, *row, transform, dtype) for row in ahead)
+            if not waiting:
+                return
             yield waiting.popleft().result()
-            waiting.extend(pool.submit(_cutCase, *row, transform) for row in islice(rows, 1))
 
 
-def _cutCase(patient, paths, transform):
-    """Gives of one patient where its patches lie, int (N, 3), float32 (N, C, 128, 128) and uint8 (N, 128, 128)."""
+def _cutCase(patient, paths, transform, dtype):
+    """Gives of one patient where its patches lie, int (N, 3), and dict of `image` and `label` to N packed chunks each.
+
+    None where an image's values lie outside of [-1, 1] and `dtype` is float16.
+    """
+    cut = _cutStretched if transform is None else _cutTransformed
+    where, label, channels = cut(patient, paths, transform)
+    image = np.empty((len(where), len(config.MODALITIES), config.PATCH_SIZE, config.PATCH_SIZE), dtype)
+    for place, patches in enumerate(channels):
+        if dtype == np.float16 and patches.size and max(-patches.min(), patches.max()) > 1:
+            return None
+        torch.from_numpy(image)[:, place].copy_(torch.from_numpy(patches))  # NumPy rounds to float16 far slower
+    return where, {'image': _pack(image), 'label': _pack(label)}
+
+
+def _cutTransformed(patient, paths, transform):
+    """Gives where the patches of a transformed patient lie, those of the label, and yields those of each channel."""
     image, label = readCase(paths)
     isBrain = (image != 0).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
     x, y = (tensor.numpy() for tensor in transformVolume(image, label, transform, patient))
-    where = _choosePatches(isBrain, y > 0, patient)
-    return where, _cut(x, where), _cut(y[:, None], where)[:, 0]
+    where, lowest = _choosePatches(y > 0, isBrain, patient), x.min()
+    # a label's minimum is 0 or, where the tumor fills all of the volume, would make tumor of padding
+    return where, _cut(y, where, 0), (_cut(x[:, channel], where, lowest) for channel in range(x.shape[1]))
 
 
-def _choosePatches(isBrain, isTumor, patient):
-    """Gives the (slice, row, column) of the patches to keep, sorted: int (N, 3), of masks (D, W, H)."""
+def _cutStretched(patient, paths, _):
+    """Gives the same for `volumeTransform`, which is computed only where it is cut, one modality after the other."""
+    volumes, isBrain = readVolumes(paths), None
+    y = next(volumes).transpose(2, 0, 1)
+    if config.BACKGROUND_SHARE:
+        volumes = list(volumes)
+        isBrain = functools.reduce(np.logical_or, (volume != 0 for volume in volumes)).transpose(2, 0, 1)
+    where = _choosePatches(y > 0, isBrain, patient)
+    return where, _cut(y, where, 0), map(functools.partial(_stretchAndCut, where), volumes)  # lets go of each volume
+
+
+def _stretchAndCut(where, volume):
+    stretch, values = volumeTransform(), alongMemory(volume)[0](volume)
+    limits = stretch.findLimits(values[values != 0])
+    patches = _cut(volume.transpose(2, 0, 1), where, 0)
+    stretched = stretch.stretch(patches, *limits)
+    np.copyto(stretched, stretch.out_min, where=patches == 0)
+    return stretched
+
+
+def _pack(patches):
+    """Gives each patch as HDF5's filters shuffle and gzip would store it, by a faster gzip, outside of HDF5's lock."""
+    numbers = patches.view(f'u{patches.itemsize}').reshape(len(patches), math.prod(patches.shape[1:]))
+    planes = ([(each >> 8 * byte).astype(np.uint8) for byte in range(patches.itemsize)] for each in numbers)
+    return [isal_zlib.compress(np.concatenate(bytesOfAll), _LEVEL) for bytesOfAll in planes]
+
+
+def _choosePatches(isTumor, isBrain, patient):
+    """Gives the (slice, row, column) of the patches to keep, sorted: int (N, 3), of masks (D, W, H).
+
+    The mask of the brain is asked for only where `config.BACKGROUND_SHARE` is not 0.
+    """
     size, stride = config.PATCH_SIZE, config.PATCH_STRIDE
     rows, columns = (windowStarts(length, size, stride) for length in isTumor.shape[1:])
-    holds = np.array(
-        [
-            [mask[:, row : row + size, column : column + size].any((1, 2)) for row in rows for column in columns]
-            for mask in (isTumor, isBrain)
-        ]
-    )  # (2, windows, D)
-    generator = np.random.default_rng([config.SEED, zlib.crc32(str(patient).encode())])
-    isDrawn = generator.uniform(size=holds[0].shape) < config.BACKGROUND_SHARE
-    slices, windows = np.nonzero((holds[0] | (holds[1] & isDrawn)).T)
+
+    def holds(mask):  # (windows, D)
+        windows = [mask[:, row : row + size, column : column + size] for row in rows for column in columns]
+        return np.array([window.any((1, 2)) for window in windows])
+
+    isKept = holds(isTumor)
+    if config.BACKGROUND_SHARE:
+        generator = np.random.default_rng([config.SEED, zlib.crc32(str(patient).encode())])
+        isKept |= holds(isBrain) & (generator.uniform(size=isKept.shape) < config.BACKGROUND_SHARE)
+    slices, windows = np.nonzero(isKept.T)
     return np.stack([slices, rows[windows // len(columns)], columns[windows % len(columns)]], axis=1)
 
 
-def _cut(volume, where):
-    """Cuts patches (N, C, 128, 128) from a volume (D, C, W, H); one smaller than a patch is padded with its minimum."""
+def _cut(volume, where, padding):
+    """Cuts patches (N, 128, 128) from a volume (D, W, H); one smaller than a patch is padded with a value."""
     size = config.PATCH_SIZE
-    short = [max(size - length, 0) for length in volume.shape[2:]]
+    short = [max(size - length, 0) for length in volume.shape[1:]]
     if any(short):
-        # a label's minimum is 0 or, where the tumor fills all of the volume, would make tumor of padding
-        value = 0 if volume.dtype == np.uint8 else volume.min()
-        volume = np.pad(volume, ((0, 0), (0, 0), (0, short[0]), (0, short[1])), constant_values=value)
-    windows = sliding_window_view(volume, (size, size), axis=(2, 3))  # (D, C, W', H', 128, 128)
-    slices, rows, columns = where.T
-    return windows[slices, :, rows, columns]
+        volume = np.pad(volume, ((0, 0), (0, short[0]), (0, short[1])), constant_values=padding)
+    windows = sliding_window_view(volume, (size, size), axis=(1, 2))  # (D, W', H', 128, 128)
+    return windows[tuple(where.T)]

@@ -15,10 +15,11 @@ from checks import checkFiles
 from cohort import describeCohort, readSplit, split, splitFolds, writeSplit
 from files import writeWhole
 from gifs import makeGifs
+from histogram import maskFunction
 from metrics import computeMetrics
 from patients import makeFileList
 from pictures import plotCurves, plotPrediction, plotSample, plotTransforms
-from preprocess import maskFunction, transformCase
+from preprocess import transformCase
 from results import saveProbabilities, saveSegmentation
 
 __all__ = [
@@ -54,7 +55,7 @@ class BRATSDataset(torch.utils.data.Dataset):
         file: path of a file that `preprocess.makeDataset` wrote.
         noSamples: how many of its patches to use, from the first; None: all.
         transform: torchio transform of a patch, run here on the CPU; None: the patch as it is.
-        raw: a loader gets batches as they are stored, float16 (or float32) and uint8, by one sorted read: for
+        raw: a loader gets batches as they are stored, float16 (or float32) and uint8: for
             `batched.Batched`, `engine.train` and `validate`, which cast them on the device. Without a transform only.
 
     Attributes:
@@ -93,31 +94,31 @@ class BRATSDataset(torch.utils.data.Dataset):
     def __len__(self):
         return self.noSamples
 
-    def _read(self, indices):
-        """Gives images and labels as stored, of increasing indices without a repeat."""
-        if self._cache is not None:
-            return tuple(values[indices] for values in self._cache)
-        if not self.file or self._process != os.getpid():
-            self._open()
-        return tuple(torch.from_numpy(self.file[name][indices]) for name in ('image', 'label'))
+    def _read(self, index):
+        """Gives image and label of a patch as stored."""
+        if self._cache is None:
+            if not self.file or self._process != os.getpid():
+                self._open()
+            # one at a time: h5py takes ten times as long for a list of indices
+            return tuple(torch.from_numpy(self.file[name][index]) for name in ('image', 'label'))
+        return tuple(values[index] for values in self._cache)
 
     def __getitem__(self, index):
         index = int(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f'Patch {index} of {len(self)} was asked for.')
-        (image,), (label,) = self._read([index % len(self)])
+        image, label = self._read(index % len(self))
         if self.transform is None:
             return image.float(), label.long()
         x, y = transformCase(image[..., None], label[..., None], self.transform)
         return x[0].contiguous(), y[0].long()  # (1, C, W, H) -> (C, W, H)
 
     def __getitems__(self, indices):
-        """Gives the samples of a batch; raw ones by one sorted read."""
+        """Gives the samples of a batch; raw ones are read in the order in which they lie in the file."""
         if not self.raw:
             return [self[index] for index in indices]
-        unique, places = np.unique(indices, return_inverse=True)
-        images, labels = self._read(unique)
-        return [(images[place], labels[place]) for place in places]
+        read = {index: self._read(index) for index in sorted({int(index) for index in indices})}
+        return [read[int(index)] for index in indices]
 
 
 def makeCheckpoint(epoch, model, optimizer, scheduler, scaler, trainLoss, valLoss, bestValLoss):

@@ -9,6 +9,7 @@ import torch
 import torchio as tio
 
 import config
+import histogram
 import preprocess
 
 
@@ -32,7 +33,7 @@ def test_volumeTransform_equalsTorchioInsideTheMask():
     image = generator.normal(100, 80, (3, 20, 20, 8)).astype(np.float32)
     image[:, :5] = 0
     plain = tio.RescaleIntensity(
-        (-1, 1), (0.5, 99.5), masking_method=preprocess.maskFunction, include=['x1', 'x2', 'x3']
+        (-1, 1), (0.5, 99.5), masking_method=histogram.maskFunction, include=['x1', 'x2', 'x3']
     )
     stretched, _ = preprocess.transformCase(image, None, preprocess.volumeTransform())
     expected, _ = preprocess.transformCase(image, None, plain)
@@ -193,7 +194,7 @@ def test_makeTransforms_readsItsNumbersFromConfig():
     affine = next(one for one in spatial.transforms_dict if isinstance(one, tio.RandomAffine))
     assert affine.degrees == (0, 0, 0, 0, -20, 20) and affine.scales == (0.9, 1.1, 0.9, 1.1, 0.9, 1.1)
     assert [type(one).__name__ for one in intensity.transforms_dict] == ['RandomNoise', 'RandomBiasField']
-    assert len(validation.transforms) == 1 and isinstance(test.transforms[0], preprocess.StretchHistogram)
+    assert len(validation.transforms) == 1 and isinstance(test.transforms[0], histogram.StretchHistogram)
     config.AFFINE_DEGREES, config.MODALITIES = 5, ('t1', 'flair')
     affine = next(
         one for one in preprocess.makeTransforms()[0].transforms[1].transforms_dict if isinstance(one, tio.RandomAffine)
@@ -330,3 +331,18 @@ def test_makeDataset_refusesATransformThatChangesTheShape(writeCase, tmp_path):
     pad = tio.CropOrPad((32, 32, 1), include=['x1', 'x2', 'x3', 'y'], label_keys=['y'])
     with pytest.raises(ValueError, match=r'P1: the transform made \(1, 3, 32, 32\) of \(40, 44, 6\)'):
         preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5', transform=pad)
+
+
+@pytest.mark.parametrize('share', [0, 0.5])
+def test_makeDataset_cutsWhatTheVolumeTransformMakes(writeCase, tmp_path, share):
+    """Stretching only what is cut gives, to the bit, what stretching whole volumes and cutting them gives."""
+    config.BACKGROUND_SHARE = share
+    *_, paths = makePatient(writeCase)
+    df = listOf(P1=paths)
+    files = [tmp_path / 'part.h5', tmp_path / 'whole.h5']
+    preprocess.makeDataset(dataframe=df, filename=files[0])
+    preprocess.makeDataset(dataframe=df, filename=files[1], transform=preprocess.makeTransforms()[2])
+    with h5py.File(files[0]) as part, h5py.File(files[1]) as whole:
+        for name in whole:
+            np.testing.assert_array_equal(part[name][:], whole[name][:])
+        assert len(part['image']) >= 1 + bool(share) and part['image'].dtype == np.float16
