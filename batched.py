@@ -25,7 +25,7 @@ class Batched:
 
     Args:
         transform: tio.Compose, OneOf, RandomFlip, RandomAffine, RandomAnisotropy, RandomElasticDeformation,
-            RescaleIntensity, `histogram.StretchHistogram`, RandomNoise, RandomBiasField, CropOrPad or RemapLabels,
+            RescaleIntensity, `transforms.StretchHistogram`, RandomNoise, RandomBiasField, CropOrPad or RemapLabels,
             nested as you like. A masking function must be one that `torch.vmap` can map over images.
         generator: torch.Generator on the CPU that each call draws its seed from; None: torch's global one, so that a
             run resumed from a checkpoint goes on as if it had never stopped.

@@ -26,10 +26,10 @@ import counts
 import distances
 import engine
 import gifs
-import histogram
 import peers
 import phantom
 import preprocess
+import transforms
 import utils
 from files import writeWhole
 from measuring import Seconds, describeMachine, ifInstalled, measure, measurePeak, quietly, timed, waitForDevice
@@ -53,9 +53,9 @@ def _forEach(augment, image, label):
 def stretchingTransform():
     """Gives the training's transforms with the histogram stretched inside the list, as the document has them."""
     pad, spatial, intensity = preprocess.makeTransforms()[0].transforms
-    images = preprocess.imageKeys()
+    images = transforms.imageKeys()
     stretch = tio.RescaleIntensity(
-        config.STRETCH_RANGE, config.STRETCH_PERCENTILES, masking_method=histogram.maskFunction, include=images
+        config.STRETCH_RANGE, config.STRETCH_PERCENTILES, masking_method=transforms.maskFunction, include=images
     )
     return tio.Compose([pad, spatial, stretch, intensity], include=[*images, 'y'], label_keys=['y'])
 
@@ -210,13 +210,13 @@ def benchPrediction(paths, model, every=10):
     }
     for name in list(ways)[3:]:
         ways[name] = timed(ways[name], share)
-    theirs = ifInstalled(monai, plain, None)
+    theirs = ifInstalled(monai, model, engine.precision(config.DEVICE))
     if theirs is None:
         ways = {name: None if 'MONAI' in name else way for name, way in ways.items()}
     else:
         isBrain = (some > some.amin()).any(1)
         same = (theirs == yhat[every // 2 :: every])[isBrain].float().mean()
-        print(f"Classes equal to those of MONAI's inferer in float32: {same:.2%} of the brain's voxels")
+        print(f"Classes equal to those of MONAI's inferer in the same precision: {same:.2%} of the brain's voxels")
     return measure('prediction, per patient', ways, rounds=3)
 
 
@@ -258,19 +258,17 @@ def benchGif(x, y, yhat, folder):
     return measure('animated GIF, per patient', ways, rounds=3)
 
 
-class _Started:
-    """A loader whose workers have started already, for one epoch."""
+class _Rest:
+    """What is left of a loader's epoch, as a loader."""
 
-    def __init__(self, loader):
-        self.length, self.batches = len(loader), iter(loader)
-        self.first = next(self.batches)
+    def __init__(self, batches, length):
+        self.batches, self.length = batches, length
 
     def __len__(self):
         return self.length
 
     def __iter__(self):
-        yield self.first
-        yield from self.batches
+        return self.batches
 
 
 def benchTraining(file, model, noBatches=4):
@@ -293,17 +291,22 @@ def benchTraining(file, model, noBatches=4):
 
     def learn(loader=None, transform=None, dtype=usual, network=model):
         scaler = torch.amp.GradScaler(config.DEVICE, enabled=dtype is torch.float16)
-        loader = [held] * noBatches if loader is None else _Started(loader())
-        with mock.patch.object(engine, 'precision', lambda device: dtype):
-            return timed(
-                lambda: engine.train(network, criterion, optimizer, scaler, loader, transform), BATCH * len(loader)
-            )()
+        loader = [held] * (noBatches + 1) if loader is None else loader()
+        batches = iter(loader)
+        first, rest = next(batches), _Rest(batches, len(loader) - 1)
 
-    fast = functools.partial(_makeLoader, raw, noBatches)
+        def teach(some):
+            engine.train(network, criterion, optimizer, scaler, some, transform)
+
+        with mock.patch.object(engine, 'precision', lambda device: dtype):
+            teach([first])  # starting workers is left out, and that memory shared with them is copied when written to
+            return timed(lambda: teach(rest), BATCH * len(rest))()
+
+    fast = functools.partial(_makeLoader, raw, noBatches + 1)
     ways = {
         'one batch held on the device': learn,
         'raw patches and Batched': lambda: learn(fast, batched.Batched(trainTransform)),
-        'torchio in the workers': lambda: learn(functools.partial(_makeLoader, slow, noBatches // 4)),
+        'torchio in the workers': lambda: learn(functools.partial(_makeLoader, slow, noBatches // 4 + 1)),
         'held, float32': lambda: learn(dtype=None),
         'held, bfloat16': lambda: learn(dtype=torch.bfloat16),
     }

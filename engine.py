@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 import config
 from patients import patientOf, readCase
-from preprocess import transformVolume, windowStarts
+from preprocess import windowStarts
+from transforms import transformVolume
 
 _CHECK_EVERY = 20  # batches between two looks at the loss: each look makes the GPU wait for the host
 

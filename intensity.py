@@ -5,8 +5,8 @@ import math
 import torch
 import torchio as tio
 
-from histogram import StretchHistogram
 from kinds import Kind, drawNothing, ones, send, uniform
+from transforms import StretchHistogram
 
 
 def _mask(transform, values):

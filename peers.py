@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import ndimage
 
 import config
-from preprocess import transformCase
+from transforms import transformCase
 
 # Augmentation: each gives a function of one patch (C, H, W) and its label (H, W), but kornia's, which takes a batch.
 # What a package lacks is left out, in its favour.

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 import config
 from patients import patientOf, readCase
-from preprocess import transformCase
+from transforms import transformCase
 
 # Of a prediction against the truth; apart from one another, from CLASS_COLORS and from dark grey for every eye
 ERRORS = {'missed': '#FFFFFF', 'wrongly added': '#7FD34E', 'wrong class': '#D9A6FF'}

@@ -15,12 +15,11 @@ from checks import checkFiles
 from cohort import describeCohort, readSplit, split, splitFolds, writeSplit
 from files import writeWhole
 from gifs import makeGifs
-from histogram import maskFunction
 from metrics import computeMetrics
 from patients import makeFileList
 from pictures import plotCurves, plotPrediction, plotSample, plotTransforms
-from preprocess import transformCase
 from results import saveProbabilities, saveSegmentation
+from transforms import maskFunction, transformCase
 
 __all__ = [
     'BRATSDataset',

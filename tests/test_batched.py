@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import batched
-import histogram
 import preprocess
+import transforms
 
 IMAGES = {'include': ['x1', 'x2', 'x3']}
 BOTH = {'include': ['x1', 'x2', 'x3', 'y'], 'label_keys': ['y']}
@@ -76,7 +76,7 @@ def assertSameDistribution(found, expected):
 
 def trainList(**others):
     """The document's list, with stretching inside."""
-    mask = {'masking_method': histogram.maskFunction}
+    mask = {'masking_method': transforms.maskFunction}
     spatial = {
         tio.RandomFlip((0, 1), **BOTH): 0.35,
         tio.RandomAffine(scales=0.1, degrees=(0, 0, 0, 0, -20, 20), **BOTH): 0.35,
@@ -194,7 +194,7 @@ def test_noise_equalsTorchio():
 
 
 @pytest.mark.parametrize(
-    'mask', [None, histogram.maskFunction, 'Left', 'Anterior', (7, 9, 0), lambda image: image > image.mean()]
+    'mask', [None, transforms.maskFunction, 'Left', 'Anterior', (7, 9, 0), lambda image: image > image.mean()]
 )
 @pytest.mark.parametrize('percentiles', [(0.5, 99.5), (0, 100), (25, 75), (0, 3)])
 @pytest.mark.parametrize('inside', [None, (-0.3, 1.7)])
@@ -206,11 +206,11 @@ def test_rescale_equalsTorchio(mask, percentiles, inside):
     image[0, 1, : SHAPE[0] // 2 + 1] = 0
     transform = tio.RescaleIntensity((-1, 2), percentiles, mask, inside, **IMAGES)
     assertEqual(batched.Batched(transform)(image, label), viaTorchio(transform, image, label))
-    stretch = histogram.StretchHistogram((-1, 2), percentiles, mask, inside, **IMAGES)
+    stretch = transforms.StretchHistogram((-1, 2), percentiles, mask, inside, **IMAGES)
     assertEqual(batched.Batched(stretch)(image, label), viaTorchio(stretch, image, label))
 
 
-@pytest.mark.parametrize('kind', [tio.RescaleIntensity, histogram.StretchHistogram])
+@pytest.mark.parametrize('kind', [tio.RescaleIntensity, transforms.StretchHistogram])
 @pytest.mark.parametrize('inside', [None, (-0.3, 1.7), (2, 2)])
 @pytest.mark.filterwarnings('ignore:Rescaling image')
 def test_rescale_ofEmptyAndConstantImages(kind, inside):
@@ -220,7 +220,7 @@ def test_rescale_ofEmptyAndConstantImages(kind, inside):
     image[2] = 0
     image[2, :, 3, 4] = 5
     image[3] = 7
-    transform = kind((-1, 1), (0.5, 99.5), histogram.maskFunction, inside, **IMAGES)
+    transform = kind((-1, 1), (0.5, 99.5), transforms.maskFunction, inside, **IMAGES)
     found, expected = batched.Batched(transform)(image, label), viaTorchio(transform, image, label)
     assertEqual(found, expected)
     assert found[0].isfinite().all() and torch.equal(found[0][1:], expected[0][1:])

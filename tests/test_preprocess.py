@@ -9,8 +9,8 @@ import torch
 import torchio as tio
 
 import config
-import histogram
 import preprocess
+import transforms
 
 
 def makePatient(writeCase, shape=(40, 44, 6), patient='BraTS20_Training_001', tumor=(slice(2, 5), slice(3, 6), 2)):
@@ -33,7 +33,7 @@ def test_volumeTransform_equalsTorchioInsideTheMask():
     image = generator.normal(100, 80, (3, 20, 20, 8)).astype(np.float32)
     image[:, :5] = 0
     plain = tio.RescaleIntensity(
-        (-1, 1), (0.5, 99.5), masking_method=histogram.maskFunction, include=['x1', 'x2', 'x3']
+        (-1, 1), (0.5, 99.5), masking_method=transforms.maskFunction, include=['x1', 'x2', 'x3']
     )
     stretched, _ = preprocess.transformCase(image, None, preprocess.volumeTransform())
     expected, _ = preprocess.transformCase(image, None, plain)
@@ -194,7 +194,7 @@ def test_makeTransforms_readsItsNumbersFromConfig():
     affine = next(one for one in spatial.transforms_dict if isinstance(one, tio.RandomAffine))
     assert affine.degrees == (0, 0, 0, 0, -20, 20) and affine.scales == (0.9, 1.1, 0.9, 1.1, 0.9, 1.1)
     assert [type(one).__name__ for one in intensity.transforms_dict] == ['RandomNoise', 'RandomBiasField']
-    assert len(validation.transforms) == 1 and isinstance(test.transforms[0], histogram.StretchHistogram)
+    assert len(validation.transforms) == 1 and isinstance(test.transforms[0], transforms.StretchHistogram)
     config.AFFINE_DEGREES, config.MODALITIES = 5, ('t1', 'flair')
     affine = next(
         one for one in preprocess.makeTransforms()[0].transforms[1].transforms_dict if isinstance(one, tio.RandomAffine)

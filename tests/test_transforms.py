@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-import histogram
+import transforms
 
 GENERATOR = np.random.default_rng(0)
 VALUES = {
@@ -22,4 +22,4 @@ VALUES = {
 def test_percentile_isNumpys(kind, percentile):
     """Any values, also those that a sample does not foresee, any percentile: NumPy's, linear between values."""
     expected = np.percentile(VALUES[kind].astype(np.float64), percentile)
-    assert histogram._percentile(VALUES[kind], percentile) == pytest.approx(expected, rel=1e-12)
+    assert transforms._percentile(VALUES[kind], percentile) == pytest.approx(expected, rel=1e-12)
