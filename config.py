@@ -18,6 +18,7 @@ TEST_FRACTION = 0.15  # of the same; looked at once, at the end
 PATCH_SIZE = 128  # pixels, both axes; a multiple of 2 ** ENCODER_DEPTH
 PATCH_STRIDE = 112  # pixels; 240 pixels give the starts 0 and 112
 PREPROCESS_WORKERS = 2  # threads that read and cut patients; each holds one, about 0.4 GB
+ON_BAD_PATIENT = 'stop'  # or 'leaveOut': a patient whose files cannot be used is left out, named in file and printout
 BACKGROUND_SHARE = 0.0  # of the brain patches without tumor that are kept; 0 is the document's, more costs time
 STRETCH_PERCENTILES = (0.5, 99.5)  # of the brain's intensities, mapped to STRETCH_RANGE; the rest is clamped
 STRETCH_RANGE = (-1, 1)  # the background gets the lower end
@@ -53,14 +54,16 @@ NO_CLASSES = 4
 CLASS_NAMES = ('background', 'necrotic core', 'edema', 'enhancing tumor')  # of the classes 0 to 3
 CLASS_COLORS = ('#000000', '#2F6BFF', '#F0E442', '#E0301E')  # apart also without red or green cones, and from grey
 
-# Learning. DEVICE ('cuda', 'mps' or 'cpu') is found by trying it when first read.
+# Learning. DEVICE ('cuda', 'mps' or 'cpu') is found by trying it when first read. TIME_BUDGET, hours from the start of
+# the process within which the training ends itself, is 8.5 on Kaggle, whose sessions end after 9 or 12, else None.
 LOSS_GAMMA = 2.0  # of the focal loss: how much less an easy pixel counts
 LEARN_RATE = 1e-3  # of Adam
 WEIGHT_DECAY = 1e-5
 GRADIENT_CLIP = 1.0  # norm of the whole gradient; a rare bad batch must not undo an epoch
 SCHEDULER_FACTOR = 0.5  # by which a plateau lowers the learning rate
 SCHEDULER_PATIENCE = 3  # epochs without a better validation loss that make a plateau
-EPOCHS = 30
+EPOCHS = 30  # at most
+PATIENCE = 10  # epochs without a better validation loss that end the training; None: never
 
 # Checkpoints: LAST_CHECKPOINT and BEST_CHECKPOINT lie in OUTPUT_FOLDER, and history.csv with them.
 
@@ -135,6 +138,7 @@ _FOUND = {
     'VAL_FILE': _inOutputFolder('val.h5'),
     'ENCODER_IN_CHANNEL': lambda: len(MODALITIES),
     'DEVICE': _findDevice,
+    'TIME_BUDGET': lambda: 8.5 if Path('/kaggle/working').is_dir() else None,
     'LAST_CHECKPOINT': _inOutputFolder('last.pt'),
     'BEST_CHECKPOINT': _inOutputFolder('best.pt'),
 }

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 import config
+from checkpoints import lastHistory
 from patients import patientOf, readCase
 from preprocess import windowStarts
 from transforms import transformVolume
@@ -100,7 +101,8 @@ def train(model, criterion, optimizer, scaler, loader, transform=None):
         float; divided by the number of samples it is the epoch's loss.
 
     Raises:
-        FloatingPointError: a loss is not finite. The batch and the learning rate are named; the last checkpoint stands.
+        FloatingPointError: a loss is not finite. Epoch (that after the last checkpoint's), batch and learning rate are
+            named; the last checkpoint stands.
     """
     if getattr(loader, 'persistent_workers', False):
         print('persistent_workers = True: a resumed run will not equal an uninterrupted one.')
@@ -131,7 +133,7 @@ def validate(model, criterion, loader):
         float; divided by the number of samples it is the epoch's loss.
 
     Raises:
-        FloatingPointError: a loss is not finite; the batch is named.
+        FloatingPointError: a loss is not finite; epoch and batch are named.
     """
     model.to(memory_format=torch.channels_last).eval()  # not below: weights laid out there could not learn again
     with torch.inference_mode():
@@ -149,28 +151,42 @@ def _epoch(name, step, model, loader, device, transform, remark):
     """Gives the sum over samples of the losses that `step` gives for each batch."""
     gc.collect()  # of an earlier epoch's workers: collected in a forked worker, they complain there
     losses, sizes, total = [], [], None
-    bar = tqdm(loader, name, leave=False)
-    for number, (image, label) in enumerate(bar, start=1):
-        image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
-        if transform is not None:
-            image, label = transform(image, label)
-        image = image.float().contiguous(memory_format=torch.channels_last)
-        losses.append(step(image, label.long()))
-        sizes.append(len(image))
-        if number % _CHECK_EVERY == 0 or number == len(loader):
-            values = torch.stack(losses).cpu().double()  # in this order: mps has no float64
-            if not values.isfinite().all():
-                first = number - len(values) + 1 + int((~values.isfinite()).nonzero()[0])
-                raise FloatingPointError(
-                    f'{name}: the loss of batch {first} of {len(loader)} is {values[first - number - 1].item()} '
-                    f'({remark}). The last checkpoint stands; a smaller config.LEARN_RATE is the usual cure.'
-                )
-            total = (total or 0.0) + float(values @ torch.tensor(sizes, dtype=torch.float64))
-            bar.set_postfix(loss=f'{values[-1].item():.4f}')
-            losses, sizes = [], []
+    batches = iter(loader)
+    try:
+        bar = tqdm(batches, name, len(loader), leave=False)
+        for number, (image, label) in enumerate(bar, start=1):
+            image, label = image.to(device, non_blocking=True), label.to(device, non_blocking=True)
+            if transform is not None:
+                image, label = transform(image, label)
+            image = image.float().contiguous(memory_format=torch.channels_last)
+            losses.append(step(image, label.long()))
+            sizes.append(len(image))
+            if number % _CHECK_EVERY == 0 or number == len(loader):
+                values = torch.stack(losses).cpu().double()  # in this order: mps has no float64
+                _checkFinite(name, values, number, len(loader), remark)
+                total = (total or 0.0) + float(values @ torch.tensor(sizes, dtype=torch.float64))
+                bar.set_postfix(loss=f'{values[-1].item():.4f}')
+                losses, sizes = [], []
+    finally:
+        # after an interrupt the traceback would keep the workers alive, in a notebook for good
+        if not getattr(loader, 'persistent_workers', False) and hasattr(batches, '_shutdown_workers'):
+            batches._shutdown_workers()
     if total is None:
         raise ValueError(f'{name}: the loader gave no batch; are there fewer patches than config.BATCHSIZE?')
     return total
+
+
+def _checkFinite(name, values, number, noBatches, remark):
+    """Refuses losses, float (n,), the last of which is that of batch `number`, that are not finite."""
+    if values.isfinite().all():
+        return
+    first = int((~values.isfinite()).nonzero()[0])
+    history = lastHistory()
+    stands = f'The checkpoint of epoch {len(history)} stands' if history else 'There is no checkpoint yet'
+    raise FloatingPointError(
+        f'{name}: in epoch {len(history) + 1} the loss of batch {number - len(values) + 1 + first} of {noBatches} is '
+        f'{values[first].item()} ({remark}). {stands}; a smaller config.LEARN_RATE is the usual cure.'
+    )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Write a file whole or not at all."""
 
 import os
+import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,6 +33,15 @@ def writeWhole(file):
     except BaseException as error:
         with suppress(OSError):  # of a disk that is gone, the first error tells more
             part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's; ours about bad input have no number
-            raise OSError(error.errno, f'{file} could not be written: {error.strerror}') from error
+        number = _errnoOf(error)
+        if number:  # the disk's; ours about bad input have no number
+            raise OSError(number, f'{file} could not be written: {os.strerror(number)}') from error
         raise
+
+
+def _errnoOf(error):
+    """Gives the number under which the system reported an error, None where it is not the system's."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    told = re.search(r'errno = (\d+)', str(error))  # HDF5's, which may come as a RuntimeError
+    return told and int(told[1])

@@ -17,6 +17,7 @@ COLUMNS = ('t1', 't1ce', 't2', 'flair', 'seg')
 MAX_MAGNITUDE = 1e6  # no scanner writes more; float32 and the percentiles stay exact below it
 UNKNOWN = 255  # stands for a label without a class until it is refused
 MAX_VOXELS = 2**27  # 512 x 512 x 512: a header that promises more is broken, and is refused before memory is asked for
+MAX_OFFSET = 2**24  # bytes before the first voxel; likewise
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,7 @@ def readVolume(path, patient, channel=None, opened=None):
     """
     opened = {} if opened is None else opened
     try:
+        open(path, 'rb').close()  # the system says why it cannot be opened, nibabel does not
         nifti = nib.load(path)
         if channel is None:
             volume = _unpack(nifti, path, 3)
@@ -319,10 +321,13 @@ def _unpack(nifti, path, dimensions):
         raise ValueError(
             f'its header says {nifti.shape}; {dimensions} dimensions and at most 512 x 512 x 512 voxels were expected'
         )
+    start, dtype = int(nifti.dataobj.offset), nifti.get_data_dtype()
+    if dtype.kind not in 'iuf' or not 0 <= start <= MAX_OFFSET:
+        raise ValueError(f'its header says {dtype} from byte {start} on; real numbers behind a header were expected')
     if not str(path).lower().endswith('.gz'):
         return np.asanyarray(nifti.dataobj).reshape(shape)
     # nibabel stops behind the last voxel and never meets the checksum that tells a damaged file
-    start, dtype, count = int(nifti.dataobj.offset), nifti.get_data_dtype(), int(np.prod(shape))
+    count = int(np.prod(shape))
     with igzip.open(path) as file:
         content = file.read(start + count * dtype.itemsize)
         while file.read(2**20):

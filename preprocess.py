@@ -52,9 +52,10 @@ def makeDataset(dataframe, filename, transform=None):
     Each axial slice is cut into overlapping windows of `config.PATCH_SIZE` at `config.PATCH_STRIDE`. A patch with tumor
     is kept; of those with brain but no tumor `config.BACKGROUND_SHARE` is, drawn from `config.SEED` and the patient's
     name. The file holds `image` (N, C, 128, 128), float16 where all values lie in [-1, 1], else float32; `label`
-    (N, 128, 128), uint8 classes; `case`, `slice`, `row`, `column` (N,), where the patch comes from; and as attributes
-    `patients` and `settings` in JSON. It is moved to its name when complete; a second call with the same patients
-    and settings finds it and cuts nothing. Memory is that of one patient.
+    (N, 128, 128), uint8 classes; `case`, `slice`, `row`, `column` (N,), where the patch comes from; and in JSON, as
+    attributes, `patients`, `settings` and `leftOut`, a dict of the patients that could not be used to the reasons. It
+    is moved to its name when complete; a second call with the same patients and settings finds it, checks that every
+    patch is sound, and cuts nothing. Memory is that of one patient for each of `config.PREPROCESS_WORKERS`.
 
     Args:
         dataframe: file list; patients without a segmentation are left out, and counted.
@@ -63,27 +64,27 @@ def makeDataset(dataframe, filename, transform=None):
             for patients are cut side by side.
 
     Raises:
-        ValueError, FileNotFoundError: what `patients.readCase` says of bad data; no patch was found.
+        ValueError, FileNotFoundError: what `patients.readCase` says of bad data, of all bad patients at once (where
+            `config.ON_BAD_PATIENT` is 'leaveOut', of none of them, unless there are no others); no patch was found.
     """
+    if config.ON_BAD_PATIENT not in ('stop', 'leaveOut'):
+        raise ValueError(f"config.ON_BAD_PATIENT is {config.ON_BAD_PATIENT!r}; 'stop' or 'leaveOut' was expected.")
     dataframe = annotated(dataframe, str(filename))
     settings = _settings(volumeTransform() if transform is None else transform, dataframe)
-    cases = json.dumps(list(dataframe.index.astype(str)))
-    noPatches = _countIfDone(filename, settings, cases)
+    noPatches = _countIfDone(filename, settings, list(dataframe.index.astype(str)))
     if noPatches is not None:
         print(f'{filename} is there, with {noPatches} patches of the same patients and settings.')
         return noPatches
-    with writeWhole(filename) as part:
+    # torchio draws a number even where nothing is left to chance: a run that finds the file must go on as this one
+    with writeWhole(filename) as part, torch.random.fork_rng(devices=[]):
         # values outside of [-1, 1] show with the first patient as a rule: then float16 gives way to float32
-        if not _writePatches(part, dataframe, transform, np.float16):
-            _writePatches(part, dataframe, transform, np.float32)
-        with h5py.File(part, 'r+') as file:
-            noPatches = len(file['label'])
-            if noPatches == 0:
-                raise ValueError(f'{filename}: not one patch with tumor in {len(dataframe)} patients.')
-            file.attrs['settings'], file.attrs['patients'] = settings, cases
-    print(
-        f'{filename}: {noPatches} patches of {len(dataframe)} patients, {Path(filename).stat().st_size / 1e6:.0f} MB.'
-    )
+        noPatches = _writePatches(part, dataframe, transform, np.float16, settings)
+        if noPatches is None:
+            noPatches = _writePatches(part, dataframe, transform, np.float32, settings)
+        if noPatches == 0:
+            raise ValueError(f'{filename}: not one patch with tumor in {len(dataframe)} patients.')
+    megabytes = Path(filename).stat().st_size / 1e6
+    print(f'{filename}: {noPatches} patches of {len(dataframe)} patients, {megabytes:.0f} MB.')
     return noPatches
 
 
@@ -93,9 +94,18 @@ def _settings(transform, dataframe):
     values = {name: describe(getattr(config, name)) for name in names}
     # the same names may stand for other files: those of another folder, or mended ones
     columns = (*config.MODALITIES, 'seg')
-    sizes = [[fileOf(paths, column).stat().st_size for column in columns] for _, paths in dataframe.iterrows()]
+    sizes = [[_sizeOf(paths, column) for column in columns] for _, paths in dataframe.iterrows()]
     values['files'] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     return json.dumps({'format': FORMAT, **values, 'transform': describe(transform)}, sort_keys=True)
+
+
+def _sizeOf(paths, column):
+    try:
+        return fileOf(paths, column).stat().st_size
+    except FileNotFoundError:
+        if config.ON_BAD_PATIENT == 'stop':
+            raise
+        return None
 
 
 def describe(value):
@@ -124,61 +134,108 @@ def describe(value):
     return [describe(type(value)), held]
 
 
-def _countIfDone(filename, settings, cases):
+def _countIfDone(filename, settings, patients):
     """Gives the number of patches of a file made with these settings and patients, else None and says why."""
     if not Path(filename).exists():
         return None
     try:
         with h5py.File(filename, 'r') as file:
-            isSame = file.attrs['settings'] == settings and file.attrs['patients'] == cases
-            noPatches = len(file['label'])
-    except (OSError, KeyError) as error:
-        print(f'{filename} is damaged ({error}) and is made anew.')
+            kept, leftOut = json.loads(file.attrs['patients']), json.loads(file.attrs['leftOut'])
+            isSame = file.attrs['settings'] == settings and kept == [name for name in patients if name not in leftOut]
+            isSame = isSame and not (leftOut and config.ON_BAD_PATIENT == 'stop')
+            noPatches = _countSound(file) if isSame else None
+    except (OSError, KeyError, ValueError, RuntimeError, isal_zlib.error) as error:
+        print(f'{filename} is damaged, or of another version ({error}), and is made anew.')
         return None
     if not isSame:
         print(f'{filename} was made of other patients or with other settings and is made anew.')
-    return noPatches if isSame else None
+        return None
+    for patient, reason in leftOut.items():
+        print(f'{patient} is left out: {reason}')
+    return noPatches
 
 
-def _writePatches(part, dataframe, transform, dtype):
-    """Writes every patient's patches; gives False, and stops, where values do not fit a dtype of float16."""
-    size = config.PATCH_SIZE
+def _countSound(file):
+    """Gives the number of patches of a file, after unpacking each: its checksum tells what a disk or a copy spoiled."""
+    for name in _PLACES:
+        file[name][:]
+    for name in ('image', 'label'):
+        patches, expected = file[name], math.prod(file[name].chunks) * file[name].dtype.itemsize
+        for place in range(len(patches)):
+            _, chunk = patches.id.read_direct_chunk((place, *(0,) * (patches.ndim - 1)))
+            if len(isal_zlib.decompress(chunk, bufsize=expected)) != expected:
+                raise ValueError(f'{name} {place} is cut off')
+    return len(file['label'])
+
+
+_PLACES = ('case', 'slice', 'row', 'column')  # where a patch comes from: datasets (N,) of int32
+
+
+def _writePatches(part, dataframe, transform, dtype, settings):
+    """Writes every patient's patches and gives how many; None, and stops, where values do not fit float16."""
+    size, kept, bad = config.PATCH_SIZE, [], {}
     with h5py.File(part, 'w') as file:
         kinds = {
             'image': ((len(config.MODALITIES), size, size), dtype),
             'label': ((size, size), np.uint8),
-            **dict.fromkeys(('case', 'slice', 'row', 'column'), ((), np.int32)),
+            **dict.fromkeys(_PLACES, ((), np.int32)),
         }
         sets = {}
         for name, (shape, kind) in kinds.items():
             chunks = (1, *shape) if shape else (4096,)  # one patch a chunk: a shuffled read fetches nothing else
-            compression = {'compression': 'gzip', 'compression_opts': _LEVEL, 'shuffle': True} if shape else {}
-            options = {'chunks': chunks, 'maxshape': (None, *shape), **compression}
+            packing = {'compression': 'gzip', 'compression_opts': _LEVEL, 'shuffle': True}
+            options = {'chunks': chunks, 'maxshape': (None, *shape), **(packing if shape else {'fletcher32': True})}
             sets[name] = file.create_dataset(name, (0, *shape), kind, **options)
-        cases = _cutAhead(dataframe, transform, dtype)
-        for number, case in enumerate(tqdm(cases, 'cut', len(dataframe), leave=False)):
+        cases = zip(dataframe.index.astype(str), _cutAhead(dataframe, transform, dtype), strict=True)
+        for patient, cutting in tqdm(cases, 'cut', len(dataframe), leave=False):
+            try:
+                case = cutting.result()
+            except (ValueError, OSError) as error:
+                bad[patient] = error
+                continue
             if case is None:
-                return False
-            where, packed = case
-            start = len(sets['case'])
-            for values in sets.values():
-                values.resize(start + len(where), axis=0)
-            for name, chunks in packed.items():
-                corner = (0,) * (sets[name].ndim - 1)
-                for place, chunk in enumerate(chunks, start):
-                    sets[name].id.write_direct_chunk((place, *corner), chunk)
-            if len(where):
-                sets['case'][start:] = number
-                for name, values in zip(('slice', 'row', 'column'), where.T, strict=True):
-                    sets[name][start:] = values
-    return True
+                return None
+            if not (bad and config.ON_BAD_PATIENT == 'stop'):  # then the rest is only looked through
+                _append(sets, len(kept), *case)
+                kept.append(patient)
+        _reportBad(bad, len(dataframe))
+        file.attrs['settings'], file.attrs['patients'] = settings, json.dumps(kept)
+        file.attrs['leftOut'] = json.dumps({patient: str(error) for patient, error in bad.items()})
+        return len(sets['label'])
+
+
+def _append(sets, number, where, packed):
+    """Writes the packed patches of one patient, the `number`-th of the file, behind those that are there."""
+    start = len(sets['case'])
+    for values in sets.values():
+        values.resize(start + len(where), axis=0)
+    for name, chunks in packed.items():
+        corner = (0,) * (sets[name].ndim - 1)
+        for place, chunk in enumerate(chunks, start):
+            sets[name].id.write_direct_chunk((place, *corner), chunk)
+    if len(where):
+        for name, values in zip(_PLACES, (number, *where.T), strict=True):
+            sets[name][start:] = values
+
+
+def _reportBad(bad, noPatients):
+    """Raises, or prints, the errors of bad patients, all at once, as `config.ON_BAD_PATIENT` has it."""
+    if bad and config.ON_BAD_PATIENT == 'stop':
+        if len(bad) == 1:
+            raise next(iter(bad.values()))
+        few = '\n'.join(str(error) for error in list(bad.values())[:20])
+        raise ValueError(f'{len(bad)} of {noPatients} patients cannot be used, the first of them:\n{few}')
+    if len(bad) == noPatients:
+        raise ValueError(f'None of the {noPatients} patients can be used: {next(iter(bad.values()))}')
+    for error in bad.values():
+        print(f'Left out: {error}')
 
 
 _LEVEL = 1  # of gzip; higher ones take longer and save next to nothing
 
 
 def _cutAhead(dataframe, transform, dtype):
-    """Yields what `_cutCase` gives of each patient, in order; threads cut the next few meanwhile.
+    """Yields the future of what `_cutCase` gives of each patient, in order; threads cut the next few meanwhile.
 
     Threads, not processes: nearly all of the work leaves the interpreter's lock, and nothing has to be started.
     """
@@ -190,7 +247,7 @@ def _cutAhead(dataframe, transform, dtype):
             waiting.extend(pool.submit(_cutCase, *row, transform, dtype) for row in ahead)
             if not waiting:
                 return
-            yield waiting.popleft().result()
+            yield waiting.popleft()
 
 
 def _cutCase(patient, paths, transform, dtype):

@@ -1,3 +1,6 @@
+import multiprocessing
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +12,7 @@ from monai.inferers import SlidingWindowInferer
 import config
 import engine
 import preprocess
+import utils
 
 
 def batches(noBatches=5, size=6, seed=0):
@@ -78,12 +82,39 @@ def test_train_clipsTheGradient():
 
 @pytest.mark.parametrize('bad', [3, 22, 25])
 def test_train_namesTheBatchOfALossThatIsNotFinite(bad):
-    """The first batch whose loss is not finite is named, with the learning rate."""
+    """The first batch whose loss is not finite is named, with epoch, learning rate and what is kept."""
     model, criterion, optimizer = makeRun()
     data = batches(25)
     data[bad - 1][0][0, 0, 0, 0] = float('nan')
-    with pytest.raises(FloatingPointError, match=rf'batch {bad} of 25 is nan \(learning rate 1\.00e-02\)'):
+    words = rf'batch {bad} of 25 is nan \(learning rate 1\.00e-02\)'
+    with pytest.raises(FloatingPointError, match=rf'epoch 1 .* {words}\. There is no checkpoint yet'):
         engine.train(model, criterion, optimizer, SCALER, data)
+    model, criterion, optimizer = makeRun()
+    for epoch in range(2):
+        utils.makeCheckpoint(epoch, model, optimizer, None, SCALER, 1, 1, 2)
+    before = Path(config.LAST_CHECKPOINT).read_bytes()
+    with pytest.raises(FloatingPointError, match=rf'epoch 3 .* {words}\. The checkpoint of epoch 2 stands'):
+        engine.train(model, criterion, optimizer, SCALER, data)
+    assert Path(config.LAST_CHECKPOINT).read_bytes() == before
+
+
+def test_train_leavesNoWorkerBehindAnInterrupt():
+    """Whoever interrupts an epoch, and keeps the traceback as notebooks do, has no loader's process left."""
+    model, criterion, optimizer = makeRun()
+    noCalls = 0
+
+    def interrupted(logits, label):
+        nonlocal noCalls
+        noCalls += 1
+        if noCalls == 2:
+            assert len(multiprocessing.active_children()) == 2
+            raise KeyboardInterrupt
+        return criterion(logits, label)
+
+    loader = torch.utils.data.DataLoader([(x[0], y[0]) for x, y in batches(16)], 2, num_workers=2)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        engine.train(model, interrupted, optimizer, SCALER, loader)
+    assert caught.tb is not None and not multiprocessing.active_children()
 
 
 class Truth(torch.nn.Module):

@@ -1,8 +1,51 @@
 import errno
+import resource
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
+import config
+import preprocess
+import utils
 from files import writeWhole
+
+
+def writeAll(folder, paths, number):
+    """Gives what writes each kind of file: name of the file -> function; another number, another content."""
+    classes = np.full((12, 40, 36), number)
+    classes[:6] = np.random.default_rng(number).integers(0, 4, (6, 40, 36))
+    model = torch.nn.Linear(200, 200)
+    run = model, torch.optim.SGD(model.parameters(), lr=1), None, torch.amp.GradScaler('cpu', enabled=False)
+    df = pd.DataFrame.from_dict({'P1': paths}, orient='index')
+    return {
+        'a.h5': lambda: preprocess.makeDataset(df, folder / 'a.h5'),
+        'last.pt': lambda: utils.makeCheckpoint(number, *run, 1, 1, 0),
+        'best.pt': lambda: utils.makeCheckpoint(number, *run, 1, 1, 2),
+        'a.nii.gz': lambda: utils.saveSegmentation(classes, paths, folder / 'a.nii.gz'),
+        'a_axial.gif': lambda: utils.makeGifs(classes[:, None] / 3, classes, classes, folder, name='a'),
+    }
+
+
+@pytest.mark.parametrize('name', ['a.h5', 'last.pt', 'best.pt', 'a.nii.gz', 'a_axial.gif'])
+def test_writers_keepTheOldFileWhenTheDiskIsFull(writeCase, tmp_path, name):
+    """Where a real file may not grow any more, the error names it and says why; the last good one stays, no part."""
+    generator = np.random.default_rng(0)
+    volumes = {name: generator.integers(1, 900, (40, 36, 12)).astype(np.int16) for name in ('t1ce', 't2', 'flair')}
+    paths = writeCase({**volumes, 'seg': np.ones((40, 36, 12), np.uint8)})
+    config.OUTPUT_FOLDER = str(tmp_path / 'out')
+    folder = tmp_path / 'out'
+    writeAll(folder, paths, 0)[name]()
+    config.SEED = 1  # the patches are to be made anew
+    before, limits = (folder / name).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf'out/{name} could not be written: File too large'):
+            writeAll(folder, paths, 1)[name]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (folder / name).read_bytes() == before and not list(folder.glob('*.part'))
 
 
 def test_writeWhole_keepsTheOldFileWhenWritingFails(tmp_path):

@@ -1,5 +1,7 @@
 import functools
+import io
 import json
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -346,3 +348,79 @@ def test_makeDataset_cutsWhatTheVolumeTransformMakes(writeCase, tmp_path, share)
         for name in whole:
             np.testing.assert_array_equal(part[name][:], whole[name][:])
         assert len(part['image']) >= 1 + bool(share) and part['image'].dtype == np.float16
+
+
+@pytest.fixture
+def badAmongGood(writeCase, tmp_path):
+    """A file list of a sound patient, one whose t2 is cut off, and one whose seg has a foreign label."""
+    *_, paths = makePatient(writeCase)
+    Path(tmp_path / 'cut.nii.gz').write_bytes(Path(paths['t2']).read_bytes()[:-400])
+    foreign = writeCase({'seg': np.full((40, 36, 6), 9, np.uint8)}, folder='foreign')['seg']
+    rows = {'P1': {**paths, 't2': str(tmp_path / 'cut.nii.gz')}, 'P2': paths, 'P3': {**paths, 'seg': foreign}}
+    return listOf(**rows)
+
+
+def test_makeDataset_namesAllBadPatientsAtOnce(badAmongGood, tmp_path):
+    """Two bad patients of three are named in one error, with what is wrong; nothing is left behind."""
+    with pytest.raises(ValueError, match=r'(?s)2 of 3 patients.*P1: .*cut\.nii\.gz cannot be used.*P3: .*labels \[9\]'):
+        preprocess.makeDataset(dataframe=badAmongGood, filename=tmp_path / 'a.h5')
+    assert not list(tmp_path.glob('*.h5*'))
+
+
+def test_makeDataset_leavesOutBadPatientsWhenTold(badAmongGood, tmp_path, capsys):
+    """The file is that of the sound patient alone, but says who is missing and why; 'stop' does not take it for its."""
+    config.ON_BAD_PATIENT = 'leaveOut'
+    preprocess.makeDataset(dataframe=badAmongGood[1:2], filename=tmp_path / 'alone.h5')
+    for printed in ('Left out: P1: ', 'P1 is left out: '):  # made, then found
+        capsys.readouterr()
+        noPatches = preprocess.makeDataset(dataframe=badAmongGood, filename=tmp_path / 'a.h5')
+        assert printed in capsys.readouterr().out
+    with h5py.File(tmp_path / 'a.h5') as file, h5py.File(tmp_path / 'alone.h5') as alone:
+        assert json.loads(file.attrs['patients']) == ['P2'] and len(file['image']) == noPatches > 0
+        assert [*json.loads(file.attrs['leftOut'])] == ['P1', 'P3']
+        for name in alone:
+            np.testing.assert_array_equal(file[name][:], alone[name][:])
+    config.ON_BAD_PATIENT = 'stop'
+    with pytest.raises(ValueError, match='2 of 3 patients'):
+        preprocess.makeDataset(dataframe=badAmongGood, filename=tmp_path / 'a.h5')
+    config.ON_BAD_PATIENT = 'go on'
+    with pytest.raises(ValueError, match="'go on'; 'stop' or 'leaveOut' was expected"):
+        preprocess.makeDataset(dataframe=badAmongGood, filename=tmp_path / 'a.h5')
+
+
+def test_makeDataset_leavesOutWhoHasNoFile(writeCase, tmp_path):
+    """A modality that is missing is a reason like any other; where nobody is left it is an error."""
+    *_, paths = makePatient(writeCase)
+    config.ON_BAD_PATIENT = 'leaveOut'
+    gone = {**paths, 't2': None}
+    preprocess.makeDataset(dataframe=listOf(P1=gone, P2=paths), filename=tmp_path / 'a.h5')
+    with h5py.File(tmp_path / 'a.h5') as file:
+        assert 'no file for the modality t2' in json.loads(file.attrs['leftOut'])['P1']
+    with pytest.raises(ValueError, match='None of the 1 patients can be used: P1: no file for the modality t2'):
+        preprocess.makeDataset(dataframe=listOf(P1=gone), filename=tmp_path / 'b.h5')
+
+
+@pytest.mark.parametrize('name', ['image', 'label', 'case'])
+def test_makeDataset_makesADamagedFileAnew(writeCase, tmp_path, capsys, name):
+    """One byte turned over in the last chunk of a data set is told, and the file made anew, equal to the sound one."""
+    *_, paths = makePatient(writeCase)
+    file = tmp_path / 'a.h5'
+    preprocess.makeDataset(dataframe=listOf(P1=paths), filename=file)
+    sound = file.read_bytes()
+    with h5py.File(file) as patches:
+        chunk = patches[name].id.get_chunk_info(patches[name].id.get_num_chunks() - 1)
+    spoiled = bytearray(sound)
+    spoiled[chunk.byte_offset + chunk.size // 2] ^= 16
+    file.write_bytes(spoiled)
+    preprocess.makeDataset(dataframe=listOf(P1=paths), filename=file)
+    assert 'is damaged' in capsys.readouterr().out
+    with h5py.File(file) as patches, h5py.File(io.BytesIO(sound)) as before:
+        np.testing.assert_array_equal(patches[name][:], before[name][:])
+
+
+def test_makeDataset_drawsNothing(writeCase, tmp_path):
+    """A run that makes the file and one that finds it go on with the same random numbers, whatever the transform."""
+    *_, paths = makePatient(writeCase)
+    before = torch.get_rng_state()
+    preprocess.makeDataset(listOf(P1=paths), tmp_path / 'a.h5', transform=preprocess.makeTransforms()[2])
+    assert torch.equal(torch.get_rng_state(), before)
