@@ -3,12 +3,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import segmentation_models_pytorch as smp
 import torch
 import torchio as tio
 from monai.inferers import SlidingWindowInferer
 
+import batched
 import config
 import engine
 import preprocess
@@ -380,3 +382,26 @@ def test_train_refusesALoaderWithoutABatch():
     model, criterion, optimizer = makeRun()
     with pytest.raises(ValueError, match='train: the loader gave no batch'):
         engine.train(model, criterion, optimizer, SCALER, [])
+
+
+@pytest.mark.parametrize('cache', [0, 4])
+def test_train_growsNeitherMemoryNorHandles(writeCase, tmp_path, cache):
+    """After three epochs five more take no memory, no file handle and no process, from file as from memory."""
+    config.CACHE_PATCHES = cache
+    volume = np.random.default_rng(0).integers(1, 900, (64, 64, 20)).astype(np.int16)
+    paths = writeCase({**dict.fromkeys(('t1ce', 't2', 'flair'), volume), 'seg': volume % 3})
+    noPatches = preprocess.makeDataset(pd.DataFrame.from_dict({'P1': paths}, orient='index'), tmp_path / 'a.h5')
+    dataset = utils.BRATSDataset(tmp_path / 'a.h5', noPatches, raw=True)
+    loader = torch.utils.data.DataLoader(dataset, 16, shuffle=True, num_workers=2)
+    augment = batched.Batched(preprocess.makeTransforms()[0])
+    model, criterion, optimizer = makeRun()
+    process, held = psutil.Process(), []
+    for _ in range(8):
+        engine.train(model, criterion, optimizer, SCALER, loader, augment)
+        engine.validate(model, criterion, loader)
+        held.append((process.memory_info().rss, process.num_fds(), len(process.children())))
+    grown = np.subtract(held[-1], held[2])
+    assert noPatches == 180 and grown[0] < 15e6  # five epochs see 22 MB
+    assert grown[1] <= 0 and grown[2] == 0
+    dataset.file.close()
+    assert not [file for file in process.open_files() if file.path.endswith('a.h5')]
