@@ -287,6 +287,8 @@ def _cutStretched(patient, paths, _):
 
 
 def _stretchAndCut(where, volume):
+    if volume.dtype.kind == 'f':
+        volume = volume.astype(np.float32)  # as `readCase` gives it
     stretch, values = volumeTransform(), alongMemory(volume)[0](volume)
     limits = stretch.findLimits(values[values != 0])
     patches = _cut(volume.transpose(2, 0, 1), where, 0)

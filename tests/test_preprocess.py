@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import h5py
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -336,10 +337,15 @@ def test_makeDataset_refusesATransformThatChangesTheShape(writeCase, tmp_path):
 
 
 @pytest.mark.parametrize('share', [0, 0.5])
-def test_makeDataset_cutsWhatTheVolumeTransformMakes(writeCase, tmp_path, share):
+@pytest.mark.parametrize('dtype', ['<i2', '>i2', '<f8', '>f4', 'u1'])
+def test_makeDataset_cutsWhatTheVolumeTransformMakes(writeCase, tmp_path, share, dtype):
     """Stretching only what is cut gives, to the bit, what stretching whole volumes and cutting them gives."""
     config.BACKGROUND_SHARE = share
     *_, paths = makePatient(writeCase)
+    for name in config.MODALITIES:
+        volume = np.abs(nib.load(paths[name]).get_fdata()) % 250 * (1 if dtype[-2] in 'iu' or dtype == 'u1' else 1.1)
+        nib.save(nib.Nifti1Image(volume.astype(dtype), np.diag([-1, -1, 1, 1])), paths[name])
+    nib.save(nib.Nifti1Image(nib.load(paths['seg']).get_fdata().astype(dtype), np.diag([-1, -1, 1, 1])), paths['seg'])
     df = listOf(P1=paths)
     files = [tmp_path / 'part.h5', tmp_path / 'whole.h5']
     preprocess.makeDataset(dataframe=df, filename=files[0])
