@@ -34,7 +34,7 @@ import utils
 from files import writeWhole
 from measuring import Seconds, describeMachine, ifInstalled, measure, measurePeak, quietly, timed, waitForDevice
 
-PATIENTS = 4  # phantoms of full size
+PATIENTS = 8  # phantoms of full size
 BATCH = 32  # patches
 COHORT = 369  # patients of BraTS 2020, to project to
 PATCHES = 45_375 + 10_263  # that they give
@@ -189,7 +189,7 @@ def benchPrediction(paths, model, every=10):
         model: U-Net on `config.DEVICE`.
         every: the slow ways do every so many of the slices, and are projected to all.
     """
-    x, _, yhat = engine.predict(paths, model, patchStride=config.PATCH_STRIDE)
+    x, _, yhat = engine.predict(paths, model.eval(), patchStride=config.PATCH_STRIDE)
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()  # as it was made
     some = x[every // 2 :: every]
     share = len(some) / len(x)
@@ -276,13 +276,13 @@ def benchTraining(file, model, noBatches=4):
 
     Args:
         file: of patches.
-        model: U-Net on `config.DEVICE`; what it learns here is not to be used.
+        model: U-Net on `config.DEVICE`; what it learns here is good enough to predict something.
         noBatches: steps of a round; on a GPU fifty times as many.
     """
     isCuda = config.DEVICE == 'cuda'
     noBatches *= 50 if isCuda else 1
     criterion = smp.losses.FocalLoss(mode='multiclass', gamma=config.LOSS_GAMMA)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.LEARN_RATE)
     trainTransform = preprocess.makeTransforms()[0]
     raw, slow = utils.BRATSDataset(file, raw=True), utils.BRATSDataset(file, None, trainTransform)
     held = [each.to(config.DEVICE) for each in _firstBatch(raw)]

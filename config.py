@@ -84,7 +84,7 @@ DEMO = {
     'DECODER_CHANNELS': (128, 64, 32, 16, 16),
     'BATCHSIZE': 16,
     'EPOCHS': 6,
-    'LOADER_WORKERS': 2,
+    'LOADER_WORKERS': 0,  # patches in memory are there at once; to start workers takes a fifth of a small epoch
 }
 DEMO_PATIENTS = 12
 
