@@ -22,7 +22,7 @@ import config
 from cohort import annotated
 from files import writeWhole
 from patients import alongMemory, fileOf, readCase, readVolumes
-from transforms import makeTransforms, transformCase, transformVolume, volumeTransform
+from transforms import makeTransforms, maskFunction, transformCase, transformVolume, volumeTransform
 
 __all__ = ['describe', 'makeDataset', 'makeTransforms', 'transformCase', 'volumeTransform', 'windowStarts']
 
@@ -281,7 +281,7 @@ def _cutStretched(patient, paths, _):
     y = next(volumes).transpose(2, 0, 1)
     if config.BACKGROUND_SHARE:
         volumes = list(volumes)
-        isBrain = functools.reduce(np.logical_or, (volume != 0 for volume in volumes)).transpose(2, 0, 1)
+        isBrain = functools.reduce(np.logical_or, map(maskFunction, volumes)).transpose(2, 0, 1)
     where = _choosePatches(y > 0, isBrain, patient)
     return where, _cut(y, where, 0), map(functools.partial(_stretchAndCut, where), volumes)  # lets go of each volume
 
@@ -290,10 +290,10 @@ def _stretchAndCut(where, volume):
     if volume.dtype.kind == 'f':
         volume = volume.astype(np.float32)  # as `readCase` gives it
     stretch, values = volumeTransform(), alongMemory(volume)[0](volume)
-    limits = stretch.findLimits(values[values != 0])
+    limits = stretch.findLimits(values[maskFunction(values)])
     patches = _cut(volume.transpose(2, 0, 1), where, 0)
     stretched = stretch.stretch(patches, *limits)
-    np.copyto(stretched, stretch.out_min, where=patches == 0)
+    np.copyto(stretched, stretch.out_min, where=~maskFunction(patches))
     return stretched
 
 

@@ -55,7 +55,7 @@ def _percentile(values, percentile):
     room = int(0.5 + len(sample) * (0.01 + 0.5 * min(percentile, 100 - percentile) / 100))
     middle = int(percentile / 100 * (len(sample) - 1))
     if percentile < 50:
-        tail, first = values[values <= sample[min(middle + room, len(sample) - 1)]], first
+        tail = values[values <= sample[min(middle + room, len(sample) - 1)]]
     else:
         tail = values[values >= sample[max(middle - room, 0)]]
         first -= len(values) - len(tail)
