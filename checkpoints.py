@@ -1,4 +1,4 @@
-"""Keep a run: what it has learned so far, whether it goes on, and how it is taken up again."""
+"""Save a training run, stop it in time and resume it."""
 
 import io
 import random
@@ -11,21 +11,23 @@ import psutil
 import torch
 
 import config
-from files import writeWhole
+from atomic import writeAtomically
 
-FORMAT = 1  # of a checkpoint; raised when its layout changes
+FORMAT = 2  # of a checkpoint; raised when its layout changes. In format 1 the history counts epochs from 0
 
 
 def epochs(start):
-    """Yields the numbers of the epochs to run, and ends when there is reason to, which it prints.
+    """Yield the numbers of the epochs to run, and stop early, with a message, if there is a reason.
 
-    The reasons: `config.EPOCHS` have been run; the last `config.PATIENCE` epochs of the last checkpoint did not improve
-    the validation loss; or the next epoch, at the pace of the longest one here, would not end within
-    `config.TIME_BUDGET` hours of the start of this process. Each time the checkpoint has been written, so that nothing
-    is lost: started again, the run goes on, to the weights it would have had without the stop.
+    Reasons are: the last `config.PATIENCE` epochs did not improve the validation loss; or the next epoch, if it takes
+    as long as the longest so far, would not end within `config.TIME_BUDGET` hours of the start of this process. Nothing
+    is lost by stopping: a resumed run reaches the weights of an uninterrupted one.
 
     Args:
-        start: the first epoch to run, as `loadCheckpoint` gives it.
+        start: the first epoch to run, counted from 0, as `loadCheckpoint` returns it.
+
+    Yields:
+        int, `start` to `config.EPOCHS` - 1.
     """
     longest = 0.0  # seconds
     for epoch in range(start, config.EPOCHS):
@@ -39,42 +41,43 @@ def epochs(start):
 
 
 def _reasonToStop(epoch, longest):
-    losses = [row['valLoss'] for row in lastHistory() if row['epoch'] < epoch]
-    worse = len(losses) - 1 - int(np.argmin(losses)) if losses else 0  # epochs since the best one
-    if config.PATIENCE is not None and worse >= config.PATIENCE:
-        return f'the last {worse} did not improve the validation loss (config.PATIENCE = {config.PATIENCE})'
+    """Return why the training should stop before an epoch (from 0), or None; `longest` is in seconds."""
+    losses = [row['valLoss'] for row in _lastHistory() if row['epoch'] <= epoch]
+    numWorse = len(losses) - 1 - int(np.argmin(losses)) if losses else 0  # epochs since the best one
+    if config.PATIENCE is not None and numWorse >= config.PATIENCE:
+        return f'the last {numWorse} did not improve the validation loss (config.PATIENCE = {config.PATIENCE})'
     if config.TIME_BUDGET is not None:
         used = (time.time() - psutil.Process().create_time()) / 3600
         if used + longest / 3600 > config.TIME_BUDGET:
             return (
                 f'{used:.2f} of the {config.TIME_BUDGET} hours of config.TIME_BUDGET are used, and an epoch takes '
-                f'{longest / 3600:.2f}. Start again to go on'
+                f'{longest / 3600:.2f}. Run again to resume'
             )
     return None
 
 
 def makeCheckpoint(epoch, model, optimizer, scheduler, scaler, trainLoss, valLoss, bestValLoss):
-    """Writes `config.LAST_CHECKPOINT`, before it `config.BEST_CHECKPOINT` where `valLoss` improved, and `history.csv`.
+    """Write `config.LAST_CHECKPOINT` and `history.csv`, and `config.BEST_CHECKPOINT` if `valLoss` improved.
 
-    Each file is written whole or not at all. A checkpoint holds the weights, the states of optimizer, scheduler, scaler
-    and random generators, the history of the losses and the settings, all as plain values and tensors.
+    Each file is written atomically. A checkpoint holds the weights, the states of optimizer, scheduler, scaler and
+    random generators, the history of the losses, and settings, as tensors and plain values.
 
     Args:
-        epoch: the one that has just ended, from 0.
+        epoch: the epoch that has just ended, counted from 0; the history counts from 1.
         model, optimizer, scaler: as in `engine.train`.
-        scheduler: or None.
-        trainLoss, valLoss: of this epoch, per sample.
-        bestValLoss: the best one before; infinite at the start.
+        scheduler: learning rate scheduler, or None.
+        trainLoss, valLoss: losses of this epoch, per sample.
+        bestValLoss: the best validation loss before this epoch; infinite at the start.
 
     Returns:
-        float: the best validation loss so far.
+        float, the best validation loss so far.
     """
     trainLoss, valLoss = float(trainLoss), float(valLoss)
     isBest = valLoss < bestValLoss
     best = valLoss if isBest else float(bestValLoss)
     rate = float(optimizer.param_groups[0]['lr'])
-    history = [row for row in lastHistory() if row['epoch'] < epoch]
-    history.append({'epoch': int(epoch), 'trainLoss': trainLoss, 'valLoss': valLoss, 'learnRate': rate})
+    history = [row for row in _lastHistory() if row['epoch'] <= epoch]
+    history.append({'epoch': int(epoch) + 1, 'trainLoss': trainLoss, 'valLoss': valLoss, 'learnRate': rate})
     checkpoint = {
         'format': FORMAT,
         'settings': _settings(model),
@@ -89,34 +92,34 @@ def makeCheckpoint(epoch, model, optimizer, scheduler, scaler, trainLoss, valLos
         'scaler': scaler.state_dict(),
         'random': _randomStates(),
     }
-    with writeWhole(_historyFile()) as part:
+    with writeAtomically(_historyFile()) as part:
         pd.DataFrame(history).to_csv(part, index=False)
-    stream = io.BytesIO()  # torch itself does not name the file that a full disk cut off
+    stream = io.BytesIO()  # torch's own error on a full disk does not name the file
     torch.save(checkpoint, stream)
     content = stream.getbuffer()
     for path in [config.BEST_CHECKPOINT] * isBest + [config.LAST_CHECKPOINT]:
-        with writeWhole(path) as part:
+        with writeAtomically(path) as part:
             part.write_bytes(content)
     return best
 
 
 def loadCheckpoint(model, optimizer, scheduler, scaler, path):
-    """Restores a run from a checkpoint, random generators included, and gives what a loop needs to go on.
+    """Restore a run from a checkpoint, including the random generators.
 
     Args:
-        model, optimizer, scheduler, scaler: as in `makeCheckpoint`; filled in place. All but the model may be None.
-        path: `config.LAST_CHECKPOINT` to go on, `config.BEST_CHECKPOINT` to test. Only tensors and plain values are
-            read: nothing that a foreign file may contain is run.
+        model, optimizer, scheduler, scaler: as in `makeCheckpoint`; changed in place. All but the model may be None.
+        path: `config.LAST_CHECKPOINT` to resume, `config.BEST_CHECKPOINT` to test. Only tensors and plain values are
+            loaded, so a file from elsewhere cannot run code.
 
     Returns:
         model, optimizer, scheduler, scaler, epoch, trainLoss, valLoss, bestValLoss: `epoch` is the next one to run.
-        With no file there, the objects as they are and a fresh start: epoch 0 and infinite losses.
+        If the file does not exist: the same objects, epoch 0 and infinite losses.
 
     Raises:
-        ValueError: the file is not a checkpoint of this package, or of another network, other modalities or classes.
+        ValueError: the file is not a checkpoint of this package, or belongs to another model, modalities or classes.
     """
     if not Path(path).is_file():
-        print(f'No checkpoint at {path}: a fresh start.')
+        print(f'No checkpoint at {path}: starting from epoch 1.')
         return model, optimizer, scheduler, scaler, 0, float('inf'), float('inf'), float('inf')
     checkpoint = _readCheckpoint(path)
     _checkSettings(path, checkpoint['settings'], _settings(model))
@@ -126,7 +129,7 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path):
         optimizer.load_state_dict(checkpoint['optimizer'])
     if scheduler is not None and checkpoint['scheduler'] is not None:
         scheduler.load_state_dict(checkpoint['scheduler'])
-    if scaler is not None and scaler.is_enabled() and checkpoint['scaler']:  # one saved while disabled is empty
+    if scaler is not None and scaler.is_enabled() and checkpoint['scaler']:  # the state of a disabled one is empty
         scaler.load_state_dict(checkpoint['scaler'])
     _restoreRandomStates(checkpoint['random'])
     losses = (checkpoint[name] for name in ('trainLoss', 'valLoss', 'bestValLoss'))
@@ -134,10 +137,10 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path):
 
 
 def readHistory():
-    """Gives the losses so far, from `history.csv` beside `config.LAST_CHECKPOINT`.
+    """Return the losses so far, from `history.csv` in the folder of `config.LAST_CHECKPOINT`.
 
     Returns:
-        DataFrame with the columns `epoch`, `trainLoss`, `valLoss`, `learnRate`, one row per epoch.
+        DataFrame, one row per epoch, with the columns `epoch` (from 1), `trainLoss`, `valLoss`, `learnRate`.
 
     Raises:
         FileNotFoundError: no epoch has ended yet.
@@ -149,66 +152,71 @@ def _historyFile():
     return Path(config.LAST_CHECKPOINT).with_name('history.csv')
 
 
-def lastHistory():
-    """Gives the last checkpoint's history, a dict for each epoch; none where there is no checkpoint to be read."""
+def _lastHistory():
+    """Return the last checkpoint's history, a dict per epoch; empty if no checkpoint can be read."""
     try:
-        # mmap: the weights beside the history stay on the disk
-        return torch.load(str(config.LAST_CHECKPOINT), map_location='cpu', weights_only=True, mmap=True)['history']
-    except Exception:
+        return _readCheckpoint(config.LAST_CHECKPOINT, mmap=True)['history']  # mmap: the weights stay on the disk
+    except (ValueError, KeyError):
         return []
 
 
 def _settings(model):
-    """Gives what a checkpoint's user must agree on with its maker."""
+    """Return the settings that must be the same when a checkpoint is written and loaded."""
     names = ('MODALITIES', 'NO_CLASSES', 'CLASS_NAMES', 'ENCODER_NAME', 'ENCODER_DEPTH', 'DECODER_CHANNELS')
     values = {name: getattr(config, name) for name in names}
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {'network': type(model).__name__, **values}
+    return {'model': type(model).__name__, **values}
 
 
 def _checkSettings(path, found, expected):
-    """Refuses, in words, a checkpoint whose network would read or name other things."""
+    """Raise a ValueError if a checkpoint was made with other settings."""
     for name, value in expected.items():
         if found.get(name) != value:
             raise ValueError(
-                f'{path} was made with {name} = {found.get(name)}, this run has {name} = {value}: '
-                'move the file away, or set another config.OUTPUT_FOLDER.'
+                f'{path} was made with {name} = {found.get(name)}, this run has {name} = {value}. '
+                'Move the file away, or set another config.OUTPUT_FOLDER.'
             )
 
 
 def _checkWeights(path, found, expected):
-    """Refuses weights of another network before any of them is copied."""
+    """Raise a ValueError, before anything is copied, if weights belong to another model."""
     for name in sorted(found.keys() | expected.keys()):
         shapes = [tuple(weights[name].shape) if name in weights else 'absent' for weights in (found, expected)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f'{path} is of another network: its {name} is {shapes[0]}, the given model has {shapes[1]}.'
+                f'{path} belongs to another model: its {name} is {shapes[0]}, the given model has {shapes[1]}.'
             )
 
 
-def _readCheckpoint(path):
+def _readCheckpoint(path, **options):
+    """Return the content of a checkpoint file in today's format; raise a ValueError if it cannot be read."""
     try:
-        checkpoint = torch.load(str(path), map_location='cpu', weights_only=True)
-        newest = checkpoint['format']
+        checkpoint = torch.load(str(path), map_location='cpu', weights_only=True, **options)
+        found = int(checkpoint['format'])
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f'{path} is not a checkpoint of this package, or is damaged: {reason}') from error
-    if newest > FORMAT:
-        raise ValueError(f'{path} has the format {newest}, this version reads up to {FORMAT}: update it.')
+    if found > FORMAT:
+        raise ValueError(f'{path} has the format {found}, this version reads up to {FORMAT}: update the package.')
+    if found == 1:
+        checkpoint['history'] = [{**row, 'epoch': row['epoch'] + 1} for row in checkpoint['history']]
+        checkpoint['settings']['model'] = checkpoint['settings'].pop('network')
     return checkpoint
 
 
 def _randomStates():
+    """Return the states of all random generators as tensors and plain values."""
     kind, keys, *rest = np.random.get_state()
     return {
         'torch': torch.get_rng_state(),
         'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         'python': random.getstate(),
-        'numpy': [kind, keys.tolist(), *rest],  # weights-only loading refuses the array
+        'numpy': [kind, keys.tolist(), *rest],  # weights-only loading refuses arrays
     }
 
 
 def _restoreRandomStates(states):
+    """Restore what `_randomStates` returned; GPUs only if their number is the same."""
     torch.set_rng_state(states['torch'])
     if states['cuda'] and len(states['cuda']) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states['cuda'])

@@ -1,90 +1,244 @@
-"""Describe the patients of a file list and divide them into sets, no person in two of them."""
+"""Check, describe and divide the patients of a file list."""
 
 import json
 import re
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from joblib import Parallel, delayed, effective_n_jobs
+from tqdm.auto import tqdm
 
 import config
-from files import writeWhole
-from patients import COLUMNS, hasFile, readLabel, spacingOf, tellEdition
+from atomic import writeAtomically
+from patients import (
+    COLUMNS,
+    EDITIONS,
+    axisOrder,
+    checkGrid,
+    detectEdition,
+    hasFile,
+    maskFunction,
+    readLabel,
+    readVolume,
+    spacingOf,
+    toClasses,
+)
 
 SETS = ('train', 'val', 'test')
+_FEW_VALUES = 6  # an image with fewer different intensities is a segmentation, or empty
+_COPY = 0.9999  # correlation of two modalities from which one is taken for a copy of the other
+_OUTSIDE = 0.05  # fraction of the tumor outside the brain from which a segmentation is taken for another patient's
+_AHEAD = 8  # patients per thread that may be ready before the caller takes them; bounds the memory
 
 
-def annotated(df, purpose):
-    """Gives the patients of a file list that have a segmentation, and prints how many have none.
+def forEachPatient(function, df, description):
+    """Yield `function(paths)` for each row of a file list, in order; joblib runs several patients at a time.
 
-    Raises:
-        ValueError: none has one.
+    `config.PREPROCESS_WORKERS` threads work on the patients: reading and counting release the interpreter's lock. Under
+    `joblib.parallel_config` another backend takes their place.
+
+    Args:
+        function: takes one row of the file list. The first error that it raises is raised here and ends the work.
+        df: file list.
+        description: text of the progress bar.
     """
-    has = df['seg'].notna()
-    if not has.all():
-        print(f'{(~has).sum()} of {len(df)} patients have no segmentation and are left out of {purpose}.')
-    if not has.any():
-        raise ValueError(f'None of the {len(df)} patients has a segmentation: nothing is left for {purpose}.')
-    return df[has]
+    rows = [paths for _, paths in df.iterrows()]
+    block = _AHEAD * effective_n_jobs(config.PREPROCESS_WORKERS)
+    bar = tqdm(total=len(rows), desc=description, leave=False)
+    with bar, Parallel(config.PREPROCESS_WORKERS, prefer='threads', return_as='generator') as parallel:
+        for start in range(0, len(rows), block):  # joblib itself does not wait for the caller to take results
+            results = parallel(delayed(function)(paths) for paths in rows[start : start + block])
+            try:
+                for result in results:
+                    bar.update()
+                    yield result
+            finally:
+                with warnings.catch_warnings():  # joblib warns of unused results when the caller stops early
+                    warnings.filterwarnings('ignore', r'.*\btasks\b')
+                    results.close()
 
 
-def readGrades(df):
-    """Gives the grade of each patient of a file list, as its edition publishes it.
+def checkFiles(df):
+    """Return what is wrong with the files of a file list, one row per finding.
+
+    All of `config.MODALITIES` and the segmentations are read.
 
     Args:
         df: file list.
 
     Returns:
-        Series indexed by patient: 'HGG' or 'LGG' as told by a `name_mapping*.csv` up to two folders above the
-        patient's or by a folder HGG or LGG; 'unknown' where nothing tells it.
+        DataFrame with the columns `patient`, `file` (its name, or the column's if there is no file) and `finding`;
+        empty if all is well. Findings are:
+        - a missing modality; a file that cannot be read, is not 3-D, not finite, or beyond 1e6;
+        - another shape, grid or axis order than the first modality's (the last is corrected when the file is read);
+        - an image that is constant, looks like a segmentation, or like a copy of another modality;
+        - labels unknown to the edition; a segmentation without tumor, or with tumor outside the brain;
+        - the number of voxels of resection cavity, which become background;
+        - a patient published as having another neoplasm than a glioma.
     """
-    told = {}
+    findings = list(forEachPatient(_checkPatient, df, 'check'))
+    rows = [(patient, *finding) for patient, found in zip(df.index, findings, strict=True) for finding in found]
+    return pd.DataFrame(rows, columns=['patient', 'file', 'finding'])
+
+
+def _checkPatient(paths):
+    """Return the (file, finding) pairs of one patient."""
+    findings, volumes, grids, opened = [], {}, {}, {}
+    try:
+        edition = EDITIONS[detectEdition(paths)]
+    except ValueError as error:
+        return [(next((Path(paths[name]).name for name in COLUMNS if hasFile(paths, name)), '-'), str(error))]
+    for column in (*config.MODALITIES, 'seg'):
+        if not hasFile(paths, column):
+            findings += [(column, 'this modality is missing')] * (column != 'seg')
+            continue
+        channel = (edition.channels or {}).get(column)
+        try:
+            volumes[column], grids[column] = readVolume(paths[column], paths.name, channel, opened)
+        except (ValueError, FileNotFoundError) as error:
+            findings.append((Path(paths[column]).name, _withoutPrefix(error, paths, column)))
+    seg = volumes.pop('seg', None)
+    for column, volume in volumes.items():
+        findings += [(Path(paths[column]).name, finding) for finding in _checkImage(volume)]
+    findings += _checkCopies(volumes, paths)
+    findings += _checkGrids(volumes if seg is None else {**volumes, 'seg': seg}, grids, paths)
+    if seg is not None:
+        findings += [(Path(paths['seg']).name, finding) for finding in _checkLabel(seg, volumes, paths)]
+    file = Path(next(paths[column] for column in COLUMNS if hasFile(paths, column)))
+    if '51_OtherNeoplasms' in file.parts:
+        findings.append((file.name, 'published under 51_OtherNeoplasms: not a glioma'))
+    return findings
+
+
+def _withoutPrefix(error, paths, column):
+    """Return an error's message without the patient and path at its start."""
+    return str(error).removeprefix(f'{paths.name}: ').removeprefix(str(paths[column])).strip()
+
+
+def _checkImage(volume):
+    """Yield the findings of an image by itself."""
+    if volume.min() == volume.max():
+        yield f'every voxel is {volume.flat[0]}: this modality is empty'
+    elif len(np.unique(volume[:, :, ::8])) < _FEW_VALUES and len(np.unique(volume)) < _FEW_VALUES:
+        yield f'it has {len(np.unique(volume))} different values, like a segmentation; an image was expected'
+
+
+def _checkCopies(volumes, paths):
+    """Yield a (file, finding) pair for each two modalities that look the same."""
+    for (first, image), (second, other) in combinations(volumes.items(), 2):
+        if image.shape == other.shape:
+            isBrain = maskFunction(image) & maskFunction(other)
+            values, others = image[isBrain][::7].astype(float), other[isBrain][::7].astype(float)
+            if values.size > 1 and values.std() and others.std() and np.corrcoef(values, others)[0, 1] > _COPY:
+                yield Path(paths[second]).name, f'{second} looks like a copy of {first}'
+
+
+def _checkGrids(volumes, grids, paths):
+    """Yield a (file, finding) pair for each volume with another grid or axis order than the first modality."""
+    first = next(iter(volumes), None)
+    for column in list(volumes)[1:]:
+        file = Path(paths[column]).name
+        try:
+            checkGrid(paths, column, volumes[column].shape, grids[column], volumes[first].shape, grids[first])
+        except ValueError as error:
+            yield file, _withoutPrefix(error, paths, column)
+            continue
+        order, expected = axisOrder(paths[column]), axisOrder(paths[first])
+        if order != expected:
+            yield file, f'stored in {order} order, {first} in {expected}: corrected when it is read'
+
+
+def _checkLabel(seg, volumes, paths):
+    """Yield the findings of a segmentation."""
+    try:
+        classes = toClasses(seg, paths)
+    except ValueError as error:
+        yield _withoutPrefix(error, paths, 'seg')
+        return
+    for label, number in EDITIONS[detectEdition(paths)].classes.items():
+        numVoxels = np.count_nonzero(np.rint(seg) == label) if label and number == 0 else 0
+        if numVoxels:
+            yield f'{numVoxels} voxels of resection cavity (label {label}) count as background'
+    if not classes.any():
+        yield 'no voxel of tumor'
+        return
+    brains = [maskFunction(volume) for volume in volumes.values() if volume.shape == classes.shape]
+    if brains:
+        outside = np.count_nonzero(classes[~np.any(brains, axis=0)]) / np.count_nonzero(classes)
+        if outside > _OUTSIDE:
+            yield f'{outside:.0%} of the tumor lies outside the brain: is it the segmentation of another patient?'
+
+
+def withSegmentation(df, purpose):
+    """Return the patients of a file list that have a segmentation, and print how many have none.
+
+    Args:
+        df: file list.
+        purpose: what the patients are for, for the message.
+
+    Raises:
+        ValueError: no patient has a segmentation.
+    """
+    isSegmented = df['seg'].notna()
+    if not isSegmented.all():
+        print(f'{(~isSegmented).sum()} of {len(df)} patients have no segmentation and are left out of {purpose}.')
+    if not isSegmented.any():
+        raise ValueError(f'None of the {len(df)} patients has a segmentation: nothing is left for {purpose}.')
+    return df[isSegmented]
+
+
+def readGrades(df):
+    """Return the grade of each patient of a file list, as its edition publishes it.
+
+    Returns:
+        Series indexed by patient: 'HGG' or 'LGG' from a folder of that name or a `name_mapping*.csv` up to two folders
+        above the patient's, else 'unknown'.
+    """
+    published = {}
     for _, names in _nearbyTables(df):
         if 'Grade' in names:
             names = names.dropna(subset='Grade')
             for column in names.columns.drop('Grade'):
-                told.update(dict(zip(names[column], names['Grade'], strict=True)))
+                published.update(dict(zip(names[column], names['Grade'], strict=True)))
     grades = {
-        patient: next((part for part in file.parts if part in ('HGG', 'LGG')), told.get(patient, 'unknown'))
+        patient: next((part for part in file.parts if part in ('HGG', 'LGG')), published.get(patient, 'unknown'))
         for patient, file in _firstFiles(df).items()
     }
     return pd.Series(grades, dtype=object, name='grade').reindex(df.index)
 
 
 def _firstFiles(df):
+    """Return a dict of patient id -> Path of the patient's first file."""
     rows = df.to_dict('index')
     return {patient: Path(next(row[name] for name in COLUMNS if hasFile(row, name))) for patient, row in rows.items()}
 
 
 def _nearbyTables(df):
-    """Gives (path, DataFrame) of the tables of names that BraTS publishes, up to two folders above the patients."""
+    """Return (path, DataFrame) of BraTS's published tables of names, up to two folders above the patients."""
     folders = {parent for file in _firstFiles(df).values() for parent in file.parents[1:3]}
-    paths = {
-        path for folder in folders for kind in ('name_mapping*.csv', '*Mapping*.xlsx') for path in folder.glob(kind)
-    }
+    patterns = ('name_mapping*.csv', '*Mapping*.xlsx')
+    paths = {path for folder in folders for pattern in patterns for path in folder.glob(pattern)}
     tables = []
     for path in sorted(path for path in paths if not path.name.startswith(('.', '~'))):
         try:
             tables.append((path, pd.read_csv(path) if path.suffix == '.csv' else pd.read_excel(path)))
         except Exception as error:  # each reader has its own
-            raise ValueError(f'{path} is not a table of names ({error}); mend it or move it away.') from error
+            raise ValueError(f'{path} is not a table of names ({error}); correct it or move it away.') from error
     return tables
 
 
-def tellPersons(df):
-    """Gives the person behind each patient id, as far as the names tell.
+def findSubjects(df):
+    """Return the subject (person) of each patient of a file list, as far as the names say.
 
-    Scans of one person are: the time points of 2023 and 2024 (`BraTS-GLI-00001-000`, `-001`); two names in one row of a
-    published table of names (`name_mapping*.csv`, `*Mapping*.xlsx`, up to two folders above the patients); and, where
-    no such table names them, equal numbers in 2021 and 2023 GLI, which is a suspicion.
-
-    Args:
-        df: file list.
+    Scans of one subject are: time points of 2023 and 2024 (`BraTS-GLI-00001-000`, `-001`); two names in one row of a
+    published table of names (`name_mapping*.csv`, `*Mapping*.xlsx`, up to two folders above the patients); and, if no
+    such table names them, equal numbers in 2021 and 2023 GLI (suspected).
 
     Returns:
-        Series indexed by patient: the first id, in alphabetical order, of the person's.
+        Series indexed by patient: the subject's first patient id in alphabetical order.
     """
     keys = {patient: {_withoutTime(patient)} for patient in df.index}
     named = {}
@@ -99,108 +253,109 @@ def tellPersons(df):
         number = re.fullmatch(r'(?:BraTS2021_|BraTS-GLI-)(\d+)(?:-\d+)?', patient)
         if number and len(found) == 1:
             found.add(int(number[1]))
-    groups = {}  # key -> all patients that are linked to it, one list for each person
+    groups = {}  # key -> list of the patients linked to it; one list object per subject
     for patient in keys:
         linked = {id(groups[key]): groups[key] for key in keys[patient] if key in groups}
         together = [patient, *(other for group in linked.values() for other in group)]
         groups.update({key: together for other in together for key in keys[other]})
-    return pd.Series({patient: min(groups[_withoutTime(patient)]) for patient in keys}, dtype=object, name='person')
+    return pd.Series({patient: min(groups[_withoutTime(patient)]) for patient in keys}, dtype=object, name='subject')
 
 
 def _withoutTime(patient):
+    """Return a patient id of 2023 or 2024 without its time point, any other id as it is."""
     return re.sub(r'^(BraTS-(?:GLI|SSA)-\d+)-\d+$', r'\1', str(patient))
 
 
 def split(df):
-    """Splits a file list into training, validation and test, no person in two of them.
+    """Split a file list into training, validation and test set, no subject in two of them.
 
-    The shares are `config.VAL_FRACTION` and `config.TEST_FRACTION`, the order is drawn from `config.SEED`, and each set
-    has the same mix of grades where grades are known. Patients without a segmentation are left out, and counted.
+    The fractions are `config.VAL_FRACTION` and `config.TEST_FRACTION`; the order is drawn from `config.SEED`. Each set
+    has about the same mix of grades where grades are known. Patients without a segmentation are left out and counted.
 
     Args:
         df: file list.
 
     Returns:
-        traindf, valdf, testdf: disjoint, together every patient with a segmentation; none empty from three persons on.
+        traindf, valdf, testdf: disjoint, together every patient with a segmentation; none is empty if there are three
+        subjects or more.
+
+    Raises:
+        ValueError: the fractions leave no subject for training, or no patient has a segmentation.
     """
-    df = annotated(df, 'training and scoring').sort_index()
-    persons, order = _drawOrder(df)
-    noTest = max(1, round(config.TEST_FRACTION * len(order))) if len(order) > 2 else 0
-    noVal = max(1, round(config.VAL_FRACTION * len(order))) if len(order) > 1 else 0
-    if noTest + noVal >= len(order) > 1:
+    df = withSegmentation(df, 'training and scoring').sort_index()
+    subjects, order = _drawOrder(df)
+    numTest = max(1, round(config.TEST_FRACTION * len(order))) if len(order) > 2 else 0
+    numVal = max(1, round(config.VAL_FRACTION * len(order))) if len(order) > 1 else 0
+    if numTest + numVal >= len(order) > 1:
         raise ValueError(
-            f'VAL_FRACTION and TEST_FRACTION take {noVal} + {noTest} of {len(order)} patients: none is left to train.'
+            f'VAL_FRACTION and TEST_FRACTION take {numVal} + {numTest} of {len(order)} subjects: none is left to train.'
         )
-    test, val, train = (df[persons.isin(part)] for part in np.split(order, [noTest, noTest + noVal]))
+    test, val, train = (df[subjects.isin(part)] for part in np.split(order, [numTest, numTest + numVal]))
     print(f'{len(train)} patients to train, {len(val)} to validate, {len(test)} to test.')
     return train, val, test
 
 
 def splitFolds(df, k):
-    """Splits a file list into k folds, each patient tested once, no person in training and test of one fold.
+    """Split a file list into k folds for cross-validation.
 
     Args:
-        df: file list; patients without a segmentation are left out, and counted.
-        k: number of folds, 2 to the number of persons.
+        df: file list; patients without a segmentation are left out and counted.
+        k: number of folds, 2 to the number of subjects.
 
     Returns:
-        list of k (traindf, testdf), drawn from `config.SEED`, each with the same mix of grades.
+        list of k (traindf, testdf), drawn from `config.SEED`: every patient is in one testdf, no subject is in both
+        sets of a fold, and each fold has about the same mix of grades.
 
     Raises:
-        ValueError: another k.
+        ValueError: k is out of range, or no patient has a segmentation.
     """
-    df = annotated(df, 'training and scoring').sort_index()
-    persons, order = _drawOrder(df)
+    df = withSegmentation(df, 'training and scoring').sort_index()
+    subjects, order = _drawOrder(df)
     if not 2 <= k <= len(order):
-        raise ValueError(f'{k} folds were asked for; 2 to {len(order)}, the number of patients, are possible.')
-    tested = [persons.isin(part) for part in np.array_split(order, k)]
+        raise ValueError(f'k is {k}; 2 to {len(order)}, the number of subjects, was expected.')
+    tested = [subjects.isin(part) for part in np.array_split(order, k)]
     return [(df[~isTested], df[isTested]) for isTested in tested]
 
 
 def _drawOrder(df):
-    """Gives the person of each patient, and the persons in a drawn order; each stretch has the mix of grades."""
-    persons = tellPersons(df)
-    _reportSuspicions(df, persons)
-    grades = readGrades(df).groupby(persons).first()
+    """Return the subject of each patient and the subjects in a drawn order in which the grades are spread evenly."""
+    subjects = findSubjects(df)
+    _reportSuspicions(df, subjects)
+    grades = readGrades(df).groupby(subjects).first()
     generator = np.random.default_rng(config.SEED)
     ranks = np.empty(len(grades))
     for grade in sorted(grades.unique()):
         members = np.flatnonzero(grades == grade)
         ranks[generator.permutation(members)] = (np.arange(len(members)) + generator.uniform()) / len(members)
-    return persons, grades.index.to_numpy()[np.argsort(ranks, kind='stable')]
+    return subjects, grades.index.to_numpy()[np.argsort(ranks, kind='stable')]
 
 
-def _reportSuspicions(df, persons):
-    """Prints which patients are kept together for their names, and what names cannot tell."""
-    editions = df.apply(tellEdition, axis=1)
-    renamed = [sorted(group) for _, group in persons.groupby(persons).groups.items() if editions[group].nunique() > 1]
+def _reportSuspicions(df, subjects):
+    """Print which patients are kept together because of their names, and what names cannot reveal."""
+    editions = df.apply(detectEdition, axis=1)
+    renamed = [sorted(group) for _, group in subjects.groupby(subjects).groups.items() if editions[group].nunique() > 1]
     if renamed:
         examples = '; '.join(' = '.join(group) for group in renamed[:3])
-        print(f'{len(renamed)} persons have, or may have, names of several years: {examples}. Each stays in one set.')
+        print(f'{len(renamed)} subjects have, or may have, names of several years: {examples}. Each stays in one set.')
     if editions.nunique() > 1 and editions.isin(['Decathlon', 'BraTS2024']).any():
-        print('The Decathlon and BraTS 2024 may hold persons of other editions too; no published table tells which.')
+        print('Decathlon and BraTS 2024 may hold subjects of other editions; no published table says which.')
 
 
 def writeSplit(sets, file):
-    """Writes the patient ids of three sets to a JSON file.
-
-    Args:
-        sets: traindf, valdf, testdf.
-        file: path of the file.
-    """
+    """Write the patient ids of `sets` (traindf, valdf, testdf) to a JSON file."""
     ids = {name: [str(patient) for patient in part.index] for name, part in zip(SETS, sets, strict=True)}
-    with writeWhole(file) as part:
+    with writeAtomically(file) as part:
         part.write_text(json.dumps(ids, indent=1))
 
 
 def readSplit(file, df):
-    """Gives the sets of a JSON file: {'train': [ids], 'val': [ids], 'test': [ids]}, as `writeSplit` writes it.
+    """Return the three sets of a JSON file, {'train': [ids], 'val': [ids], 'test': [ids]}, as `writeSplit` writes it.
 
-    Warns of persons that sit, or may sit, in two of the sets; none is dropped.
+    Subjects that are, or may be, in two of the sets are reported by a warning; none is dropped.
 
     Args:
         file: path of the file.
-        df: file list that has every patient of the file; others are left out, and counted.
+        df: file list with every patient of the file; its other patients are left out and counted.
 
     Returns:
         traindf, valdf, testdf.
@@ -210,7 +365,7 @@ def readSplit(file, df):
     """
     ids = json.loads(Path(file).read_text())
     if not isinstance(ids, dict) or set(ids) != set(SETS):
-        raise ValueError(f'{file}: the sets {", ".join(SETS)} were expected, {list(ids)} were found.')
+        raise ValueError(f'{file} has {list(ids)}; the sets {", ".join(SETS)} were expected.')
     everyone = [patient for name in SETS for patient in ids[name]]
     twice = sorted({patient for patient in everyone if everyone.count(patient) > 1})
     absent = sorted(set(everyone) - set(df.index))
@@ -219,53 +374,45 @@ def readSplit(file, df):
     if len(everyone) < len(df):
         print(f'{len(df) - len(everyone)} of {len(df)} patients are in no set of {file}.')
     sets = tuple(df.loc[ids[name]] for name in SETS)
-    warnOfTwins(sets)
+    _warnOfSharedSubjects(sets)
     return sets
 
 
-def warnOfTwins(sets):
-    """Warns of persons that sit, or may sit, in two sets, under names of different years or time points.
-
-    Args:
-        sets: file lists.
-
-    Returns:
-        list of lists of patient ids, one for each such person.
-    """
+def _warnOfSharedSubjects(sets):
+    """Warn of subjects that are, or may be, in two sets, under names of different years or time points."""
     together = pd.concat(sets)
     number = pd.Series(np.repeat(np.arange(len(sets)), [len(part) for part in sets]), together.index)
-    persons = tellPersons(together)
-    twins = [sorted(group) for _, group in persons.groupby(persons).groups.items() if number[group].nunique() > 1]
-    if twins:
-        named = '; '.join(' = '.join(group) for group in twins)
-        warnings.warn(f'In two sets sit what are, or may be, scans of one person: {named}.', stacklevel=2)
-    return twins
+    subjects = findSubjects(together)
+    shared = [sorted(group) for _, group in subjects.groupby(subjects).groups.items() if number[group].nunique() > 1]
+    if shared:
+        named = '; '.join(' = '.join(group) for group in shared)
+        warnings.warn(f'Scans of one subject are, or may be, in two sets: {named}.', stacklevel=3)
 
 
 def describeCohort(df):
-    """Gives a table of the patients: edition, grade, person and the volume of each class.
+    """Return a table of the patients: edition, grade, subject and the volume of each class.
 
     Args:
         df: file list.
 
     Returns:
-        DataFrame indexed by patient: `edition`, `grade`, `person` and, in ml, a column per tumor class named as in
-        `config.CLASS_NAMES`; NaN where there is no segmentation.
+        DataFrame indexed by patient: `edition`, `grade`, `subject`, and one column per tumor class, named as in
+        `config.CLASS_NAMES`: its volume in ml, NaN if there is no segmentation.
 
     Raises:
-        ValueError, FileNotFoundError: a segmentation cannot be read; `checks.checkFiles` finds all such beforehand.
+        ValueError, FileNotFoundError: a segmentation cannot be read; `checkFiles` finds all of these beforehand.
     """
-
-    def measure(paths):
-        if not hasFile(paths, 'seg'):
-            return [np.nan] * (config.NO_CLASSES - 1)
-        counts = np.bincount(readLabel(paths).ravel(), minlength=config.NO_CLASSES)
-        return counts[1:] * np.prod(spacingOf(paths)) / 1000  # mm3 -> ml
-
-    with ThreadPoolExecutor() as pool:  # unpacking and counting leave the interpreter's lock
-        volumes = list(pool.map(measure, (paths for _, paths in df.iterrows())))
+    volumes = list(forEachPatient(_measureVolumes, df, 'describe'))
     table = pd.DataFrame(volumes, df.index, list(config.CLASS_NAMES[1:]))
-    table.insert(0, 'edition', df.apply(tellEdition, axis=1))
+    table.insert(0, 'edition', df.apply(detectEdition, axis=1))
     table.insert(1, 'grade', readGrades(df))
-    table.insert(2, 'person', tellPersons(df))
+    table.insert(2, 'subject', findSubjects(df))
     return table
+
+
+def _measureVolumes(paths):
+    """Return the volume of each tumor class of one patient in ml."""
+    if not hasFile(paths, 'seg'):
+        return [np.nan] * (config.NO_CLASSES - 1)
+    counts = np.bincount(readLabel(paths).ravel(), minlength=config.NO_CLASSES)
+    return counts[1:] * np.prod(spacingOf(paths)) / 1000  # mm3 -> ml

@@ -1,4 +1,4 @@
-"""The numbers of one run, in the order in which the data meets them; set any of them before you call."""
+"""The numbers of one run, in the order in which the data meets them. Set any of them before you call."""
 
 import functools
 import os
@@ -7,84 +7,86 @@ import sys
 from pathlib import Path
 
 # Patients. DATA_FOLDER is found when first read: the environment variable BRATS_FOLDER, else /kaggle/input if it holds
-# NIfTI files, else None. OUTPUT_FOLDER too: /kaggle/working, a mounted Drive on Colab, else the current folder.
-EDITION = None  # e.g. 'BraTS2020' where file names do not tell the edition; None: the names tell it
-MODALITIES = ('t1ce', 't2', 'flair')  # the network's channels, in this order; t1 adds little
-SEED = 0  # of the split, of the background patches drawn and of the training
-VAL_FRACTION = 0.15  # of the patients with a segmentation; the last word on when to stop
-TEST_FRACTION = 0.15  # of the same; looked at once, at the end
+# files of BraTS, else None. OUTPUT_FOLDER too: /kaggle/working, a mounted Drive on Colab, else the current folder.
+EDITION = None  # e.g. 'BraTS2020' if file names do not say the edition; None: detected from the names
+MODALITIES = ('t1ce', 't2', 'flair')  # the model's channels, in this order; t1 adds little
+SEED = 0  # of the split, the background patches and the training
+VAL_FRACTION = 0.15  # of the patients with a segmentation; used to choose the best epoch
+TEST_FRACTION = 0.15  # of the same; used once, at the end
 
 # Patches. TRAIN_FILE and VAL_FILE lie in OUTPUT_FOLDER.
 PATCH_SIZE = 128  # pixels, both axes; a multiple of 2 ** ENCODER_DEPTH
-PATCH_STRIDE = 112  # pixels; 240 pixels give the starts 0 and 112
-PREPROCESS_WORKERS = 2  # threads that read and cut patients; each holds one, about 0.4 GB
-ON_BAD_PATIENT = 'stop'  # or 'leaveOut': a patient whose files cannot be used is left out, named in file and printout
-BACKGROUND_SHARE = 0.0  # of the brain patches without tumor that are kept; 0 is the document's, more costs time
-STRETCH_PERCENTILES = (0.5, 99.5)  # of the brain's intensities, mapped to STRETCH_RANGE; the rest is clamped
-STRETCH_RANGE = (-1, 1)  # the background gets the lower end
+PATCH_STRIDE = 112  # pixels; 240 pixels have windows at 0 and 112
+PREPROCESS_WORKERS = 2  # threads that read and cut patients; each holds one patient, about 0.4 GB
+ON_BAD_PATIENT = 'stop'  # or 'leaveOut': patients whose files cannot be used are left out and named
+BACKGROUND_SHARE = 0.0  # fraction of the brain patches without tumor to keep; 0 is the document's, more takes longer
+STRETCH_PERCENTILES = (0.5, 99.5)  # of the brain's intensities, mapped to STRETCH_RANGE; the rest is clipped
+STRETCH_RANGE = (-1, 1)  # the background becomes the lower end
 
-# Augmentation, as torchio takes it
-SPATIAL_PROBABILITY = 0.95  # that one of the four below happens; their weights follow
+# Augmentation, in torchio's terms
+SPATIAL_PROBABILITY = 0.95  # that one of the four below is applied; their weights follow
 FLIP_WEIGHT = 0.35
 AFFINE_WEIGHT = 0.35
 ANISOTROPY_WEIGHT = 0.15
 ELASTIC_WEIGHT = 0.15
 FLIP_AXES = (0, 1)
-FLIP_PROBABILITY = 0.5  # of each axis, once a flip is drawn
+FLIP_PROBABILITY = 0.5  # of each axis, if a flip is drawn
 AFFINE_SCALES = 0.1  # 0.9 to 1.1 along each axis
-AFFINE_DEGREES = (0, 0, 0, 0, -20, 20)  # in the plane of the slice only: other axes would leave it
+AFFINE_DEGREES = (0, 0, 0, 0, -20, 20)  # within the slice only: other rotations would leave it
 ANISOTROPY_AXES = (0, 1)
 ANISOTROPY_DOWNSAMPLING = (1.5, 2.5)
 ELASTIC_DISPLACEMENT = (2, 2, 0)  # pixels at most, at each control point
-INTENSITY_PROBABILITY = 0.95  # that one of the two below happens, at even odds
+INTENSITY_PROBABILITY = 0.95  # that one of the two below is applied, with equal odds
 NOISE_STD = 0.1  # at most, on the scale of STRETCH_RANGE
 BIAS_COEFFICIENTS = 0.1  # at most, of the bias field's polynomial
 
 # Loading
 BATCHSIZE = 32  # patches; fits a 16 GB card with a resnet34
-CACHE_PATCHES = 4.0  # GB; patches that take no more are held in memory, shared by the workers
+CACHE_PATCHES = 4.0  # GB; patch files up to this size are held in memory, shared by the workers
 LOADER_WORKERS = 2  # processes; Colab has 2 cores, Kaggle 4
 
-# Network. ENCODER_IN_CHANNEL is the number of MODALITIES.
+# Model. ENCODER_IN_CHANNEL is the number of MODALITIES.
 ENCODER_NAME = 'resnet34'
-ENCODER_WEIGHTS = 'imagenet'  # downloaded once; without internet the notebook goes on with random ones and says so
+ENCODER_WEIGHTS = 'imagenet'  # downloaded once; without internet the encoder starts from random weights, with a message
 ENCODER_DEPTH = 5
 DECODER_CHANNELS = (256, 128, 64, 32, 16)
 NO_CLASSES = 4
 CLASS_NAMES = ('background', 'necrotic core', 'edema', 'enhancing tumor')  # of the classes 0 to 3
-CLASS_COLORS = ('#000000', '#2F6BFF', '#F0E442', '#E0301E')  # apart also without red or green cones, and from grey
+CLASS_COLORS = ('#000000', '#2F6BFF', '#F0E442', '#E0301E')  # distinct for color-blind readers and from grey
 
-# Learning. DEVICE ('cuda', 'mps' or 'cpu') is found by trying it when first read. TIME_BUDGET, hours from the start of
-# the process within which the training ends itself, is 8.5 on Kaggle, whose sessions end after 9 or 12, else None.
-LOSS_GAMMA = 2.0  # of the focal loss: how much less an easy pixel counts
+# Training. DEVICE ('cuda', 'mps' or 'cpu') is found by trying it when first read. TIME_BUDGET, the hours from the start
+# of the process after which training stops, is 8.5 on Kaggle, where sessions end after 9 or 12 hours, else None.
+LOSS_GAMMA = 2.0  # of the focal loss: larger values weigh easy pixels less
 LEARN_RATE = 1e-3  # of Adam
 WEIGHT_DECAY = 1e-5
 GRADIENT_CLIP = 1.0  # norm of the whole gradient; a rare bad batch must not undo an epoch
-SCHEDULER_FACTOR = 0.5  # by which a plateau lowers the learning rate
-SCHEDULER_PATIENCE = 3  # epochs without a better validation loss that make a plateau
+SCHEDULER_FACTOR = 0.5  # the learning rate is multiplied by it at a plateau
+SCHEDULER_PATIENCE = 3  # epochs without a better validation loss before the rate falls
 EPOCHS = 30  # at most
-PATIENCE = 10  # epochs without a better validation loss that end the training; None: never
+PATIENCE = 10  # epochs without a better validation loss after which training stops; None: never
 
-# Checkpoints: LAST_CHECKPOINT and BEST_CHECKPOINT lie in OUTPUT_FOLDER, and history.csv with them.
+# Checkpoints: LAST_CHECKPOINT and BEST_CHECKPOINT lie in OUTPUT_FOLDER, and so does history.csv.
 
 # Prediction
-PREDICT_BATCH = 64  # patches of PATCH_SIZE x PATCH_SIZE that go through the network at once; bounds the memory
+PREDICT_BATCH = 64  # patches of PATCH_SIZE x PATCH_SIZE per forward pass; bounds the memory
 
-# Scores. The challenge's numbers: 2020's evaluation for patients, 2023's published script for lesions.
-REGIONS = {'WT': (1, 2, 3), 'TC': (1, 3), 'ET': (3,), 'NCR': (1,), 'ED': (2,)}  # the classes that make each region
-HD95_EMPTY = {'challenge': 373.12866, 'surface-distance': 374.0}  # mm, where one mask is empty; about BraTS's diagonal
-LESION_DILATION = 3  # times that a true lesion grows by a voxel to tell what belongs to it
-LESION_SMALLEST = 50.0  # mm3; a true lesion of this volume or less is not scored
-CONFIDENCE = 0.95  # of the interval of a mean
-BOOTSTRAP_RESAMPLES = 10_000  # that give the interval
+# Scores. Patients are scored by the rules of BraTS 2020, lesions by the published script of 2023.
+REGIONS = {'WT': (1, 2, 3), 'TC': (1, 3), 'ET': (3,), 'NCR': (1,), 'ED': (2,)}  # classes of each region
+HD95_EMPTY = {'challenge': 373.12866, 'surface-distance': 374.0}  # mm, if one mask is empty; about BraTS's diagonal
+LESION_DILATION = 3  # iterations by which a true lesion is dilated to find what belongs to it
+LESION_SMALLEST = 50.0  # mm3; true lesions of this volume or less are not scored
+CONFIDENCE = 0.95  # level of the confidence interval of a mean
+BOOTSTRAP_RESAMPLES = 10_000  # for the interval
 
-# Where there is no BraTS: phantoms, and numbers for two CPU cores. The notebook puts these in the place of the above.
+# Without BraTS: phantoms, and numbers for two CPU cores. The notebook puts these in place of the above.
 DEMO = {
+    'DATA_FOLDER': 'demo/phantoms',
+    'OUTPUT_FOLDER': 'demo',  # apart from any real run
     'ENCODER_NAME': 'resnet18',
     'DECODER_CHANNELS': (128, 64, 32, 16, 16),
     'BATCHSIZE': 16,
     'EPOCHS': 6,
-    'LOADER_WORKERS': 0,  # patches in memory are there at once; to start workers takes a fifth of a small epoch
+    'LOADER_WORKERS': 0,  # starting workers takes a fifth of such a small epoch
 }
 DEMO_PATIENTS = 12
 
@@ -95,9 +97,10 @@ def _findDataFolder():
 
 @functools.cache
 def _findOnKaggle():
-    isBrats = re.compile(r'[_-](flair|t2f)\.nii|/imagesT[rs]/BRATS_', re.IGNORECASE)  # results of earlier runs are not
+    # neither the results of earlier runs nor their phantoms
+    isBrats = re.compile(r'^(?!.*/phantoms/).*([_-](flair|t2f)\.nii|/imagesT[rs]/BRATS_)', re.IGNORECASE)
     kaggle = Path('/kaggle/input')
-    return next((str(kaggle) for path in kaggle.rglob('*.nii*') if isBrats.search(str(path))), None)
+    return next((str(kaggle) for path in kaggle.rglob('*.nii*') if isBrats.match(str(path))), None)
 
 
 @functools.cache
@@ -114,14 +117,14 @@ def _findDevice():
 
     if torch.cuda.is_available():
         try:
-            # available() says yes on cards that the installed build has no kernels for; only a kernel tells
+            # available() is True on cards that this build has no kernels for: run one
             (torch.ones(8, 8, device='cuda') @ torch.ones(8, 8, device='cuda')).sum().item()
             return 'cuda'
         except RuntimeError as error:
             name = torch.cuda.get_device_name()
             reason = (str(error) or type(error).__name__).splitlines()[0]
             print(f'The {name} cannot run this build of torch ({torch.__version__}): {reason}.')
-            print('On Kaggle choose the accelerator GPU T4 x2 instead of the P100. Going on with the CPU, slowly.')
+            print('On Kaggle choose the accelerator GPU T4 x2 instead of the P100. The CPU is used instead, slowly.')
             return 'cpu'
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
@@ -130,7 +133,7 @@ def _inOutputFolder(name):
     return lambda: os.path.join(sys.modules[__name__].OUTPUT_FOLDER, name)
 
 
-# What must be found out, and how. A value assigned to the name comes before it.
+# Found when first read; a value assigned to the name overrides it.
 _FOUND = {
     'DATA_FOLDER': _findDataFolder,
     'OUTPUT_FOLDER': _findOutputFolder,
@@ -145,7 +148,7 @@ _FOUND = {
 
 
 def __getattr__(name):
-    """Finds out what is not assigned (PEP 562): the data, the output folder, the device and what follows of them."""
+    """Return a value that is not assigned but found: folders, files, device (PEP 562)."""
     if name in _FOUND:
         return _FOUND[name]()
     raise AttributeError(f'config has no {name}')

@@ -1,4 +1,4 @@
-"""Make the network, teach it and question it."""
+"""Make the model, train it, validate it and predict with it."""
 
 import gc
 import logging
@@ -6,36 +6,36 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
 import segmentation_models_pytorch as smp
 import torch
+from scipy import ndimage
 from tqdm.auto import tqdm
 
 import config
-from checkpoints import lastHistory
-from patients import patientOf, readCase
-from preprocess import windowStarts
-from transforms import transformVolume
+from patients import maskFunction, patientOf, readCase
+from transforms import transformVolume, windowStarts
 
-_CHECK_EVERY = 20  # batches between two looks at the loss: each look makes the GPU wait for the host
+_CHECK_EVERY = 20  # batches between two checks of the loss: each makes the GPU wait for the host
 
 
 def precision(device):
-    """Gives the dtype that autocast uses on a device, or None where it stays off.
+    """Return the dtype that autocast uses on a device, or None if autocast is off there.
 
-    bfloat16 where the device computes in it natively (cards from Ampere on, processors with AVX512_BF16 or AMX);
-    float16 on older cards, where the gradient needs a scaler (`torch.amp.GradScaler(device, enabled =
-    precision(device) is torch.float16)`); none elsewhere.
+    bfloat16 if the device computes in it natively (GPUs from Ampere on, processors with AVX512_BF16 or AMX); float16 on
+    older GPUs, where the gradient needs a scaler (`torch.amp.GradScaler(device, enabled = precision(device) is
+    torch.float16)`); None elsewhere.
 
     Args:
         device: torch device or its name.
     """
     kind = torch.device(device).type
     if kind == 'cuda':
-        # without the argument a T4 says yes: it emulates bfloat16, slowly
+        # without the argument it is True on a T4, which emulates bfloat16 slowly
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if kind == 'cpu':
-        able = getattr(torch.cpu, 'get_capabilities', dict)()
-        return torch.bfloat16 if able.get('avx512_bf16') or able.get('amx_bf16') else None
+        capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
+        return torch.bfloat16 if capabilities.get('avx512_bf16') or capabilities.get('amx_bf16') else None
     return None
 
 
@@ -48,68 +48,83 @@ def _deviceOf(model):
     return next((parameter.device for parameter in model.parameters()), torch.device(config.DEVICE))
 
 
-def makeNetwork():
-    """Gives the U-Net that `config` describes, on `config.DEVICE`.
-
-    Where the encoder's weights cannot be downloaded, it says so and goes on with random ones.
+def makeModel():
+    """Return the U-Net that `config` describes, on `config.DEVICE`.
 
     Returns:
-        smp.Unet: takes float (B, ENCODER_IN_CHANNEL, H, W), sides a multiple of 2 ** ENCODER_DEPTH, gives logits (B,
+        smp.Unet: takes float (B, ENCODER_IN_CHANNEL, H, W), sides a multiple of 2 ** ENCODER_DEPTH; returns logits (B,
         NO_CLASSES, H, W).
     """
-    hub = logging.getLogger('huggingface_hub')  # it would warn of each of its tries, which take half a minute offline
-    level = hub.level
-    hub.setLevel(logging.ERROR)
-    try:
-        network = _makeUnet(config.ENCODER_WEIGHTS)
-    except OSError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(f'No {config.ENCODER_WEIGHTS} weights for {config.ENCODER_NAME} ({reason})')
-        print('The encoder starts from random weights instead: it needs more epochs.')
-        network = _makeUnet(None)
-    finally:
-        hub.setLevel(level)
-    return network.to(config.DEVICE)
-
-
-def _makeUnet(weights):
     return smp.Unet(
         config.ENCODER_NAME,
         encoder_depth=config.ENCODER_DEPTH,
-        encoder_weights=weights,
+        encoder_weights=availableWeights(),
         decoder_channels=config.DECODER_CHANNELS,
         in_channels=config.ENCODER_IN_CHANNEL,
         classes=config.NO_CLASSES,
-    )
+    ).to(config.DEVICE)
+
+
+def availableWeights():
+    """Return `config.ENCODER_WEIGHTS`; or None, with a message, if they cannot be downloaded.
+
+    The encoder then starts from random weights. The state of the random generators does not change.
+    """
+    hub = logging.getLogger('huggingface_hub')  # offline it tries for half a minute and warns each time
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            smp.encoders.get_encoder(config.ENCODER_NAME, weights=config.ENCODER_WEIGHTS)
+        return config.ENCODER_WEIGHTS
+    except OSError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f'The {config.ENCODER_WEIGHTS} weights of {config.ENCODER_NAME} cannot be loaded ({reason})')
+        print('The encoder starts from random weights instead: it needs more epochs.')
+        return None
+    finally:
+        hub.setLevel(level)
+
+
+def makeCriterion():
+    """Return the loss that `config` describes: smp's focal loss with `config.LOSS_GAMMA`.
+
+    Returns:
+        torch.nn.Module: takes logits (B, NO_CLASSES, H, W) and int64 (B, H, W), returns the mean loss of a batch.
+
+    Reference:
+        Lin et al., Focal Loss for Dense Object Detection (arXiv:1708.02002).
+    """
+    return smp.losses.FocalLoss(mode='multiclass', gamma=config.LOSS_GAMMA)
 
 
 def train(model, criterion, optimizer, scaler, loader, transform=None):
-    """Teaches the model one epoch and gives the loss summed over samples.
+    """Train the model for one epoch and return the loss summed over samples.
 
-    The forward pass runs under autocast (`precision`), the loss in float32; the gradient's norm is clipped to
-    `config.GRADIENT_CLIP`. The model's parameters are laid out channels_last, in place.
+    The forward pass runs under autocast (`precision`), the loss in float32. The gradient's norm is clipped to
+    `config.GRADIENT_CLIP`. The model's parameters are converted to channels_last, in place.
 
     Args:
-        model: takes float (B, C, H, W), gives logits (B, NO_CLASSES, H, W); its device is the device.
-        criterion: takes logits and int64 (B, H, W), gives the mean loss of a batch.
+        model: takes float (B, C, H, W), returns logits (B, NO_CLASSES, H, W); batches go to its device.
+        criterion: takes logits and int64 (B, H, W), returns the mean loss of a batch.
         optimizer: of the model's parameters.
-        scaler: torch.amp.GradScaler; does nothing where it is disabled.
-        loader: gives batches of (image, label) as `utils.BRATSDataset` does.
-        transform: `batched.Batched` or the like, called with (image, label) of every batch on the device.
+        scaler: torch.amp.GradScaler; has no effect if it is disabled.
+        loader: yields batches of (image, label), as a DataLoader over a `utils.BRATSDataset` does.
+        transform: `batched.Batched` or another callable, applied to (image, label) of each batch on the device.
 
     Returns:
         float; divided by the number of samples it is the epoch's loss.
 
     Raises:
-        FloatingPointError: a loss is not finite. Epoch (that after the last checkpoint's), batch and learning rate are
-            named; the last checkpoint stands.
+        FloatingPointError: a loss is not finite; batch and learning rate are named. Checkpoints are untouched.
+        ValueError: the loader yields no batch.
     """
     if getattr(loader, 'persistent_workers', False):
-        print('persistent_workers = True: a resumed run will not equal an uninterrupted one.')
+        print('persistent_workers = True: a resumed run will differ from an uninterrupted one.')
     model.to(memory_format=torch.channels_last).train()
     device = _deviceOf(model)
 
-    def learn(image, label):
+    def step(image, label):
         optimizer.zero_grad(set_to_none=True)
         loss = _loss(model, criterion, image, label)
         scaler.scale(loss).backward()
@@ -120,11 +135,11 @@ def train(model, criterion, optimizer, scaler, loader, transform=None):
         return loss.detach()
 
     rate = ', '.join(f'{group["lr"]:.2e}' for group in optimizer.param_groups)
-    return _epoch('train', learn, model, loader, device, transform, f'learning rate {rate}')
+    return _runEpoch('train', step, loader, device, transform, f' at learning rate {rate}')
 
 
 def validate(model, criterion, loader):
-    """Gives the loss summed over samples of one epoch, without learning.
+    """Return the loss summed over samples of one epoch, without training.
 
     Args:
         model, criterion, loader: as in `train`.
@@ -133,12 +148,16 @@ def validate(model, criterion, loader):
         float; divided by the number of samples it is the epoch's loss.
 
     Raises:
-        FloatingPointError: a loss is not finite; epoch and batch are named.
+        FloatingPointError: a loss is not finite; the batch is named.
+        ValueError: the loader yields no batch.
     """
-    model.to(memory_format=torch.channels_last).eval()  # not below: weights laid out there could not learn again
+    model.to(memory_format=torch.channels_last).eval()  # not in inference_mode: converted there, weights cannot train
+
+    def step(image, label):
+        return _loss(model, criterion, image, label)
+
     with torch.inference_mode():
-        judge = lambda image, label: _loss(model, criterion, image, label)  # noqa: E731
-        return _epoch('validate', judge, model, loader, _deviceOf(model), None, 'no learning')
+        return _runEpoch('validate', step, loader, _deviceOf(model))
 
 
 def _loss(model, criterion, image, label):
@@ -147,9 +166,9 @@ def _loss(model, criterion, image, label):
     return criterion(logits.float(), label)
 
 
-def _epoch(name, step, model, loader, device, transform, remark):
-    """Gives the sum over samples of the losses that `step` gives for each batch."""
-    gc.collect()  # of an earlier epoch's workers: collected in a forked worker, they complain there
+def _runEpoch(name, step, loader, device, transform=None, remark=''):
+    """Return the sum over samples of the losses that `step` returns for each batch."""
+    gc.collect()  # an earlier epoch's workers: collected later in a forked worker, they print errors there
     losses, sizes, total = [], [], None
     batches = iter(loader)
     try:
@@ -162,36 +181,34 @@ def _epoch(name, step, model, loader, device, transform, remark):
             losses.append(step(image, label.long()))
             sizes.append(len(image))
             if number % _CHECK_EVERY == 0 or number == len(loader):
-                values = torch.stack(losses).cpu().double()  # in this order: mps has no float64
+                values = torch.stack(losses).cpu().double()  # copied first: mps has no float64
                 _checkFinite(name, values, number, len(loader), remark)
                 total = (total or 0.0) + float(values @ torch.tensor(sizes, dtype=torch.float64))
                 bar.set_postfix(loss=f'{values[-1].item():.4f}')
                 losses, sizes = [], []
     finally:
-        # after an interrupt the traceback would keep the workers alive, in a notebook for good
+        # after an interrupt the traceback keeps the iterator, and its workers, alive
         if not getattr(loader, 'persistent_workers', False) and hasattr(batches, '_shutdown_workers'):
             batches._shutdown_workers()
     if total is None:
-        raise ValueError(f'{name}: the loader gave no batch; are there fewer patches than config.BATCHSIZE?')
+        raise ValueError(f'{name}: the loader has no batch; are there fewer patches than config.BATCHSIZE?')
     return total
 
 
-def _checkFinite(name, values, number, noBatches, remark):
-    """Refuses losses, float (n,), the last of which is that of batch `number`, that are not finite."""
+def _checkFinite(name, values, number, numBatches, remark):
+    """Raise a FloatingPointError if a loss (n,) is not finite; the last one belongs to batch `number`."""
     if values.isfinite().all():
         return
     first = int((~values.isfinite()).nonzero()[0])
-    history = lastHistory()
-    stands = f'The checkpoint of epoch {len(history)} stands' if history else 'There is no checkpoint yet'
     raise FloatingPointError(
-        f'{name}: in epoch {len(history) + 1} the loss of batch {number - len(values) + 1 + first} of {noBatches} is '
-        f'{values[first].item()} ({remark}). {stands}; a smaller config.LEARN_RATE is the usual cure.'
+        f'{name}: the loss of batch {number - len(values) + 1 + first} of {numBatches} is {values[first].item()}'
+        f'{remark}. The last checkpoint is untouched; a smaller config.LEARN_RATE usually helps.'
     )
 
 
 @contextmanager
-def _asked(model, device):
-    """Puts the model on a device in evaluation mode for a while; its mode comes back, its device stays."""
+def _evaluationMode(model, device):
+    """Move the model to a device and set evaluation mode; restore its mode, not its device, at the end."""
     wasTraining = model.training
     model.to(device, memory_format=torch.channels_last).eval()
     try:
@@ -202,28 +219,28 @@ def _asked(model, device):
 
 
 def predict(paths, model, transform=None, patchStride=None, device=None, mirror=False, probabilities=False):
-    """Segments one patient, slice by slice.
+    """Segment one patient, slice by slice.
 
     Args:
-        paths: one row of the file list (Series or dict); the seg is not needed.
-        model: takes float (B, C, H, W), gives logits (B, NO_CLASSES, H, W). It is moved to the device.
-        transform: torchio transform of the whole volume, default `preprocess.volumeTransform()`; the training's, or the
-            network sees intensities it does not know. It may not change the volume's shape.
-        patchStride: pixels between windows of `config.PATCH_SIZE`, whose probabilities are averaged with Gaussian
-            weights; windows without brain are skipped. None (default): the brain's bounding box goes through whole,
-            which is faster.
+        paths: one row of the file list (Series or dict); a segmentation is not needed.
+        model: takes float (B, C, H, W), returns logits (B, NO_CLASSES, H, W). It is moved to the device.
+        transform: torchio transform of the whole volume that keeps its shape, default `transforms.volumeTransform()`.
+            Use the one of the training: with another, the model sees intensities it was not trained on.
+        patchStride: pixels between windows of `config.PATCH_SIZE`. Where windows overlap, their probabilities are
+            averaged with Gaussian weights; windows without brain are skipped. None (default): the brain's bounding box
+            is predicted as a whole, which is faster.
         device: default `config.DEVICE`.
-        mirror: averages the four flips of each slice: four times the time, slightly better.
-        probabilities: returns them too.
+        mirror: average the probabilities of the four flips of each slice; takes four times as long.
+        probabilities: return them too.
 
     Returns:
-        x: float32 (D, C, W, H), what the network saw, on the CPU like all that follows.
-        y: int64 (D, W, H), the truth after the transform; None where there is no seg.
-        yhat: int64 (D, W, H), classes 0 to 3; a voxel that no window covers is 0.
+        x: float32 (D, C, W, H), the model's input; on the CPU, as all that follows.
+        y: int64 (D, W, H), the truth after the transform; None without a segmentation.
+        yhat: int64 (D, W, H), classes 0 to 3; voxels that no window covers are 0.
         probability: float32 (D, NO_CLASSES, W, H), only with `probabilities = True`.
 
     Raises:
-        ValueError, FileNotFoundError: what `readCase` says of bad data; the transform changes the shape; a stride that
+        ValueError, FileNotFoundError: bad data, as in `patients.readCase`; the transform changes the shape; the stride
             leaves pixels out.
     """
     options = {'patchStride': patchStride, 'device': device, 'mirror': mirror, 'probabilities': probabilities}
@@ -231,7 +248,7 @@ def predict(paths, model, transform=None, patchStride=None, device=None, mirror=
 
 
 def predictAll(df, model, transform=None, **options):
-    """Segments the patients of a file list one after the other; the next is read while one is predicted.
+    """Segment the patients of a file list one by one; the next is read while one is predicted.
 
     Args:
         df: file list.
@@ -239,30 +256,31 @@ def predictAll(df, model, transform=None, **options):
         **options: `patchStride`, `device`, `mirror`, `probabilities` as in `predict`.
 
     Yields:
-        (patient, what `predict` gives of it).
+        (patient, what `predict` returns for it).
 
     Raises:
-        ValueError, FileNotFoundError: as `predict` does, when the patient's turn comes.
+        ValueError, FileNotFoundError: as in `predict`, when the bad patient is reached.
     """
     rows = [paths for _, paths in df.iterrows()]
-    with ThreadPoolExecutor(1) as reader:  # unpacking leaves the interpreter's lock
-        coming = reader.submit(_prepare, rows[0], transform) if rows else None
+    with ThreadPoolExecutor(1) as reader:  # decompression releases the interpreter's lock
+        following = reader.submit(_prepare, rows[0], transform) if rows else None
         for number, patient in enumerate(tqdm(df.index, 'predict', leave=False)):
-            case = coming.result()
+            prepared = following.result()
             if number + 1 < len(rows):
-                coming = reader.submit(_prepare, rows[number + 1], transform)
-            yield patient, _segment(*case, model, **options)
+                following = reader.submit(_prepare, rows[number + 1], transform)
+            yield patient, _segment(*prepared, model, **options)
 
 
 def _prepare(paths, transform):
-    """Gives x (D, C, W, H), y (D, W, H) or None, and where there is brain, bool (D, W, H), of one patient."""
+    """Return x (D, C, W, H), y (D, W, H) or None, and the brain mask, bool (D, W, H), of one patient."""
     image, label = readCase(paths)
-    isBrain = torch.from_numpy((image != 0).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
+    isBrain = torch.from_numpy(maskFunction(image).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
     x, y = transformVolume(image, label, transform, patientOf(paths))
     return x, None if y is None else y.long(), isBrain
 
 
 def _segment(x, y, isBrain, model, patchStride=None, device=None, mirror=False, probabilities=False):
+    """Return what `predict` returns, from what `_prepare` returns."""
     device = torch.device(device or config.DEVICE)
     yhat = torch.zeros(isBrain.shape, dtype=torch.int64)
     probability = torch.zeros(len(x), config.NO_CLASSES, *x.shape[2:]) if probabilities else None
@@ -270,9 +288,9 @@ def _segment(x, y, isBrain, model, patchStride=None, device=None, mirror=False, 
         probability[:, 0] = 1
     if isBrain.any():
         box, starts, size = _planWindows(isBrain, patchStride)
-        with _asked(model, device):
+        with _evaluationMode(model, device):
             for slices, values in _predictSlices(x[:, :, *box], isBrain[:, *box], starts, size, model, device, mirror):
-                # where they were computed: less is to be carried; argmax takes ten times as long as max
+                # on the device: less is copied; argmax takes ten times as long as max
                 yhat[slices, *box] = values.max(1).indices.cpu()
                 if probabilities:
                     probability[slices, :, *box] = values.cpu()
@@ -280,54 +298,51 @@ def _segment(x, y, isBrain, model, patchStride=None, device=None, mirror=False, 
 
 
 def _planWindows(isBrain, patchStride):
-    """Gives the part of each slice to look at (two slice objects), the starts of the windows in it and their size."""
+    """Return the part of each slice to predict (two slice objects), the windows' starts in it, and their size."""
     if patchStride is not None:
         rows, columns = (windowStarts(length, config.PATCH_SIZE, patchStride) for length in isBrain.shape[1:])
         starts = [(int(row), int(column)) for row in rows for column in columns]
         return (slice(None), slice(None)), starts, (config.PATCH_SIZE, config.PATCH_SIZE)
-    box = []
-    for other in (2, 1):
-        where = isBrain.any(other).any(0).nonzero()
-        box.append(slice(int(where[0]), int(where[-1]) + 1))
-    multiple = 2**config.ENCODER_DEPTH  # the network halves its input so often
-    return tuple(box), [(0, 0)], tuple(math.ceil((part.stop - part.start) / multiple) * multiple for part in box)
+    [box] = ndimage.find_objects(isBrain.any(0).numpy().astype(np.uint8))
+    multiple = 2**config.ENCODER_DEPTH  # the encoder halves its input so often
+    return box, [(0, 0)], tuple(math.ceil((part.stop - part.start) / multiple) * multiple for part in box)
 
 
 def _predictSlices(x, isBrain, starts, size, model, device, mirror):
-    """Yields the numbers of some slices and their probabilities (S, K, W, H), until all with brain are done.
+    """Yield the numbers (S,) and probabilities (S, K, W, H) of a few slices at a time, for all slices with brain.
 
-    As many slices go together as fill a batch with windows that hold brain: memory does not grow with the patient.
+    Slices are grouped until their windows with brain fill a batch, so memory does not grow with the patient.
     """
     height, width = size
-    atOnce = max(1, config.PREDICT_BATCH * config.PATCH_SIZE**2 // (height * width))
+    batchSize = max(1, config.PREDICT_BATCH * config.PATCH_SIZE**2 // (height * width))
     group = []
     for number, mask in enumerate(isBrain):
         windows = [
             (number, row, column) for row, column in starts if mask[row : row + height, column : column + width].any()
         ]
-        if group and windows and len(group) + len(windows) > atOnce:
-            yield _averageWindows(x, group, size, atOnce, model, device, mirror)
+        if group and windows and len(group) + len(windows) > batchSize:
+            yield _averageWindows(x, group, size, batchSize, model, device, mirror)
             group = []
         group += windows
-    yield _averageWindows(x, group, size, atOnce, model, device, mirror)
+    yield _averageWindows(x, group, size, batchSize, model, device, mirror)
 
 
-def _averageWindows(x, windows, size, atOnce, model, device, mirror):
-    """Gives the slices of some windows and their probabilities, the weighted mean where windows overlap."""
+def _averageWindows(x, windows, size, batchSize, model, device, mirror):
+    """Return the slices of some windows and their probabilities, a weighted mean where windows overlap."""
     (height, width), shape = size, x.shape[2:]
     slices = sorted({number for number, _, _ in windows})
     padded = [max(max(window[axis] + size[axis - 1] for window in windows), shape[axis - 1]) for axis in (1, 2)]
-    # what lies outside of the image looks like background, which is the lowest value there is
+    # windows may reach beyond the image: there is background, which is the lowest value
     image = x.amin((0, 2, 3))[None, :, None, None].repeat(len(slices), 1, *padded)
     image[:, :, : shape[0], : shape[1]] = x[slices]
     image = image.to(device, non_blocking=True)
     weight = _gaussian(height, width).to(device)
     total = torch.zeros(len(slices), config.NO_CLASSES, *padded, device=device)
     weights = torch.zeros(len(slices), 1, *padded, device=device)
-    for first in range(0, len(windows), atOnce):
+    for first in range(0, len(windows), batchSize):
         places = [
             (slices.index(number), slice(row, row + height), slice(column, column + width))
-            for number, row, column in windows[first : first + atOnce]
+            for number, row, column in windows[first : first + batchSize]
         ]
         patches = torch.stack([image[number, :, rows, columns] for number, rows, columns in places])
         for (number, rows, columns), values in zip(places, _probabilities(model, patches, mirror), strict=True):
@@ -339,19 +354,20 @@ def _averageWindows(x, windows, size, atOnce, model, device, mirror):
 
 
 def _gaussian(height, width):
-    """Gives the weights of a window's pixels (H, W): 1 in its middle, a deviation of an eighth of the side.
+    """Return the weights of a window's pixels (H, W): a Gaussian, 1 in the middle, sigma an eighth of the side.
 
-    Reference: the weights of nnU-Net and of MONAI's `SlidingWindowInferer`, the floor of 1e-3 included.
+    Reference:
+        The weights of nnU-Net and of MONAI's `SlidingWindowInferer`, including the minimum of 1e-3.
     """
     sides = []
     for length in (height, width):
-        away = torch.arange(length) - (length - 1) / 2
-        sides.append(torch.exp(-(away**2) / (2 * (length / 8) ** 2)))
+        offset = torch.arange(length) - (length - 1) / 2
+        sides.append(torch.exp(-(offset**2) / (2 * (length / 8) ** 2)))
     return torch.outer(*sides).clamp_min(1e-3)
 
 
 def _probabilities(model, patches, mirror):
-    """Gives float32 (B, K, H, W) of patches (B, C, H, W); with `mirror` the mean over the four flips."""
+    """Return probabilities float32 (B, K, H, W) of patches (B, C, H, W); with `mirror` the mean over four flips."""
     patches = patches.contiguous(memory_format=torch.channels_last)
     flips = [(), (2,), (3,), (2, 3)] if mirror else [()]
     total = 0

@@ -1,105 +1,101 @@
-"""From volumes to patches in HDF5: cut and write."""
+"""Cut patients into patches and write them to HDF5."""
 
 import functools
 import hashlib
 import json
-import math
+import sys
 import types
 import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
-from isal import isal_zlib
 from numpy.lib.stride_tricks import sliding_window_view
-from tqdm.auto import tqdm
 
 import config
-from cohort import annotated
-from files import writeWhole
-from patients import alongMemory, fileOf, readCase, readVolumes
-from transforms import makeTransforms, maskFunction, transformCase, transformVolume, volumeTransform
+from atomic import writeAtomically
+from cohort import forEachPatient, withSegmentation
+from patients import alongMemory, fileOf, maskFunction, patientOf, readCase, readVolumes
+from transforms import makeTransforms, transformCase, transformVolume, volumeTransform, windowStarts
 
-__all__ = ['describe', 'makeDataset', 'makeTransforms', 'transformCase', 'volumeTransform', 'windowStarts']
+__all__ = ['fingerprint', 'makeDataset', 'makeTransforms', 'transformCase', 'volumeTransform', 'windowStarts']
 
-FORMAT = 2  # of the patch file; raised when its layout changes, so that older files are made anew
-
-
-def windowStarts(length, size, stride):
-    """Gives the starts of windows that cover an axis: 0, stride, ..., and the last one flush with the end.
-
-    Args:
-        length: pixels of the axis.
-        size: pixels of a window; an axis that is shorter gets one window, at 0.
-        stride: pixels from one window to the next; more than `size` would leave pixels out.
-
-    Raises:
-        ValueError: a stride that leaves pixels out, or none.
-    """
-    if not 0 < stride <= size:
-        raise ValueError(f'A patch stride of {stride} was given; 1 to {size} (PATCH_SIZE) covers every pixel.')
-    last = max(length - size, 0)
-    return np.unique([*range(0, last, int(stride)), last])
+FORMAT = 3  # of the patch file; raised when its layout changes, so that older files are replaced
 
 
 def makeDataset(dataframe, filename, transform=None):
-    """Writes the patches of the patients of a file list to an `.h5` file and gives how many there are.
+    """Write the patches of the patients of a file list to an `.h5` file and return how many there are.
 
     Each axial slice is cut into overlapping windows of `config.PATCH_SIZE` at `config.PATCH_STRIDE`. A patch with tumor
-    is kept; of those with brain but no tumor `config.BACKGROUND_SHARE` is, drawn from `config.SEED` and the patient's
-    name. The file holds `image` (N, C, 128, 128), float16 where all values lie in [-1, 1], else float32; `label`
-    (N, 128, 128), uint8 classes; `case`, `slice`, `row`, `column` (N,), where the patch comes from; and in JSON, as
-    attributes, `patients`, `settings` and `leftOut`, a dict of the patients that could not be used to the reasons. It
-    is moved to its name when complete; a second call with the same patients and settings finds it, checks that every
-    patch is sound, and cuts nothing. Memory is that of one patient for each of `config.PREPROCESS_WORKERS`.
+    is kept. Of the patches with brain but no tumor, a fraction `config.BACKGROUND_SHARE` is kept, drawn from
+    `config.SEED` and the patient's id.
+
+    The file is renamed to its final name when it is complete. If it exists with the same patients and settings, all its
+    checksums are verified and nothing is cut. The memory needed does not grow with the number of patients.
+
+    The datasets of the file, with one patch per chunk:
+    - `image` (N, C, 128, 128), float16 if all values lie in [-1, 1], else float32;
+    - `label` (N, 128, 128), uint8 classes;
+    - `patient`, `slice`, `row`, `column` (N,), int32: where each patch comes from (`patient` counts the attribute
+      `patients`).
+    Its attributes, in JSON: `patients` (ids), `settings`, `leftOut` (ids of patients that could not be used, with
+    reasons).
 
     Args:
-        dataframe: file list; patients without a segmentation are left out, and counted.
+        dataframe: file list; patients without a segmentation are left out and counted.
         filename: path of the file.
-        transform: torchio transform of the whole volume, in the place of `volumeTransform()`; one that draws nothing,
-            for patients are cut side by side.
+        transform: torchio transform of the whole volume, in place of `volumeTransform()`. It must not be random:
+            patients are cut in parallel. A lambda or a function of a notebook cannot be compared with an earlier one,
+            so the file is then always replaced. A function of a module is compared by its name only.
+
+    Returns:
+        int, number of patches.
 
     Raises:
-        ValueError, FileNotFoundError: what `patients.readCase` says of bad data, of all bad patients at once (where
-            `config.ON_BAD_PATIENT` is 'leaveOut', of none of them, unless there are no others); no patch was found.
+        ValueError, FileNotFoundError: bad data, as in `patients.readCase`. All bad patients are named at once; with
+            `config.ON_BAD_PATIENT = 'leaveOut'` they are left out instead, unless no other is left. Or no patch with
+            tumor was found.
     """
     if config.ON_BAD_PATIENT not in ('stop', 'leaveOut'):
         raise ValueError(f"config.ON_BAD_PATIENT is {config.ON_BAD_PATIENT!r}; 'stop' or 'leaveOut' was expected.")
-    dataframe = annotated(dataframe, str(filename))
+    dataframe = withSegmentation(dataframe, str(filename))
     settings = _settings(volumeTransform() if transform is None else transform, dataframe)
-    noPatches = _countIfDone(filename, settings, list(dataframe.index.astype(str)))
-    if noPatches is not None:
-        print(f'{filename} is there, with {noPatches} patches of the same patients and settings.')
-        return noPatches
-    # torchio draws a number even where nothing is left to chance: a run that finds the file must go on as this one
-    with writeWhole(filename) as part, torch.random.fork_rng(devices=[]):
-        # values outside of [-1, 1] show with the first patient as a rule: then float16 gives way to float32
-        noPatches = _writePatches(part, dataframe, transform, np.float16, settings)
-        if noPatches is None:
-            noPatches = _writePatches(part, dataframe, transform, np.float32, settings)
-        if noPatches == 0:
-            raise ValueError(f'{filename}: not one patch with tumor in {len(dataframe)} patients.')
+    numPatches = _countIfCurrent(filename, settings, list(dataframe.index.astype(str)))
+    if numPatches is not None:
+        print(f'{filename} exists, with {numPatches} patches of the same patients and settings.')
+        return numPatches
+    # torchio draws a number even for a deterministic transform: a run that finds the file must continue like this one
+    with writeAtomically(filename) as part, torch.random.fork_rng(devices=[]):
+        # values outside [-1, 1] usually show in the first patient; then all are written again as float32
+        numPatches = _writePatches(part, dataframe, transform, np.float16, settings)
+        if numPatches is None:
+            numPatches = _writePatches(part, dataframe, transform, np.float32, settings)
+        if numPatches == 0:
+            raise ValueError(f'{filename}: no patch with tumor in {len(dataframe)} patients.')
     megabytes = Path(filename).stat().st_size / 1e6
-    print(f'{filename}: {noPatches} patches of {len(dataframe)} patients, {megabytes:.0f} MB.')
-    return noPatches
+    print(f'{filename}: {numPatches} patches of {len(dataframe)} patients, {megabytes:.0f} MB.')
+    return numPatches
 
 
 def _settings(transform, dataframe):
-    """Gives, as JSON, all that decides what a patch file holds besides the names of the patients."""
+    """Return, as JSON, all that decides what a patch file holds besides the patients' ids."""
     names = ('MODALITIES', 'EDITION', 'PATCH_SIZE', 'PATCH_STRIDE', 'BACKGROUND_SHARE', 'SEED')
-    values = {name: describe(getattr(config, name)) for name in names}
-    # the same names may stand for other files: those of another folder, or mended ones
+    values = {name: fingerprint(getattr(config, name)) for name in names}
+    # the same ids may stand for other files: those of another folder, or corrected ones
     columns = (*config.MODALITIES, 'seg')
     sizes = [[_sizeOf(paths, column) for column in columns] for _, paths in dataframe.iterrows()]
     values['files'] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-    return json.dumps({'format': FORMAT, **values, 'transform': describe(transform)}, sort_keys=True)
+    try:
+        values['transform'] = fingerprint(transform)
+    except ValueError as error:
+        print(f'The transform cannot be compared with an earlier one, so patches are always cut anew: {error}')
+        return None
+    return json.dumps({'format': FORMAT, **values}, sort_keys=True)
 
 
 def _sizeOf(paths, column):
+    """Return the size of a patient's file in bytes; None if it is missing and bad patients are left out."""
     try:
         return fileOf(paths, column).stat().st_size
     except FileNotFoundError:
@@ -108,34 +104,43 @@ def _sizeOf(paths, column):
         return None
 
 
-def describe(value):
-    """Gives a transform, or anything a transform holds, as plain values that are equal in every process."""
+def fingerprint(value):
+    """Return plain values that are equal for equal transforms, in every process.
+
+    Args:
+        value: torchio transform, function of a module, or a number, text, array, dict, list, tuple or set of such.
+
+    Raises:
+        ValueError: a lambda, a nested function, or a function or class of a notebook or script: its name does not say
+            what it does.
+    """
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
     if isinstance(value, dict):
-        return [[describe(key), describe(item)] for key, item in value.items()]
+        return [[fingerprint(key), fingerprint(item)] for key, item in value.items()]
     if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
+        return [fingerprint(item) for item in value]
     if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))
     if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
         return value.tolist()
-    if isinstance(value, types.CodeType):
-        return [value.co_code.hex(), describe(value.co_consts), describe(value.co_names)]
-    if isinstance(value, types.FunctionType):
-        # the name is not enough: a notebook's cell may define another function under it
-        held = [cell.cell_contents for cell in value.__closure__ or ()]
-        return [f'{value.__module__}.{value.__qualname__}', *map(describe, (value.__code__, held, value.__defaults__))]
     if isinstance(value, functools.partial):
-        return [describe(value.func), describe(value.args), describe(value.keywords)]
-    if hasattr(value, '__qualname__'):
+        return [fingerprint(value.func), fingerprint(value.args), fingerprint(value.keywords)]
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        found = getattr(sys.modules.get(value.__module__), value.__qualname__, None)
+        if found is not value or value.__module__ == '__main__':
+            raise ValueError(f'{value.__module__}.{value.__qualname__} is not at the top level of an imported module.')
         return f'{value.__module__}.{value.__qualname__}'
-    held = describe(dict(sorted(vars(value).items()))) if hasattr(value, '__dict__') else repr(value)
-    return [describe(type(value)), held]
+    if hasattr(value, '__dict__'):
+        held = sorted(vars(value).items())
+        # an object may hold one of its own methods, as CropOrPad does: the name says which
+        held = {name: item.__name__ if getattr(item, '__self__', None) is value else item for name, item in held}
+        return [fingerprint(type(value)), fingerprint(held)]
+    return [fingerprint(type(value)), repr(value)]
 
 
-def _countIfDone(filename, settings, patients):
-    """Gives the number of patches of a file made with these settings and patients, else None and says why."""
+def _countIfCurrent(filename, settings, patients):
+    """Return the number of patches of a file with these settings and patients; else None, with a message."""
     if not Path(filename).exists():
         return None
     try:
@@ -143,192 +148,164 @@ def _countIfDone(filename, settings, patients):
             kept, leftOut = json.loads(file.attrs['patients']), json.loads(file.attrs['leftOut'])
             isSame = file.attrs['settings'] == settings and kept == [name for name in patients if name not in leftOut]
             isSame = isSame and not (leftOut and config.ON_BAD_PATIENT == 'stop')
-            noPatches = _countSound(file) if isSame else None
-    except (OSError, KeyError, ValueError, RuntimeError, isal_zlib.error) as error:
-        print(f'{filename} is damaged, or of another version ({error}), and is made anew.')
+            numPatches = _verifyChecksums(file) if isSame else None
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        print(f'{filename} is damaged, or of another version ({error}), and is replaced.')
         return None
     if not isSame:
-        print(f'{filename} was made of other patients or with other settings and is made anew.')
+        print(f'{filename} has other patients or settings and is replaced.')
         return None
     for patient, reason in leftOut.items():
         print(f'{patient} is left out: {reason}')
-    return noPatches
+    return numPatches
 
 
-def _countSound(file):
-    """Gives the number of patches of a file, after unpacking each: its checksum tells what a disk or a copy spoiled."""
-    for name in _PLACES:
-        file[name][:]
-    for name in ('image', 'label'):
-        patches, expected = file[name], math.prod(file[name].chunks) * file[name].dtype.itemsize
-        for place in range(len(patches)):
-            _, chunk = patches.id.read_direct_chunk((place, *(0,) * (patches.ndim - 1)))
-            if len(isal_zlib.decompress(chunk, bufsize=expected)) != expected:
-                raise ValueError(f'{name} {place} is cut off')
+_DATASETS = ('image', 'label')
+_ORIGINS = ('patient', 'slice', 'row', 'column')  # where a patch comes from
+
+
+def _verifyChecksums(file):
+    """Return the number of patches of a file after reading everything: HDF5 raises an OSError on a wrong checksum."""
+    for name in (*_DATASETS, *_ORIGINS):
+        for start in range(0, len(file[name]), 256):
+            file[name][start : start + 256]
     return len(file['label'])
 
 
-_PLACES = ('case', 'slice', 'row', 'column')  # where a patch comes from: datasets (N,) of int32
-
-
 def _writePatches(part, dataframe, transform, dtype, settings):
-    """Writes every patient's patches and gives how many; None, and stops, where values do not fit float16."""
+    """Write every patient's patches and return how many; return None, and stop, if values do not fit float16."""
     size, kept, bad = config.PATCH_SIZE, [], {}
-    with h5py.File(part, 'w') as file:
-        kinds = {
-            'image': ((len(config.MODALITIES), size, size), dtype),
-            'label': ((size, size), np.uint8),
-            **dict.fromkeys(_PLACES, ((), np.int32)),
-        }
-        sets = {}
-        for name, (shape, kind) in kinds.items():
-            chunks = (1, *shape) if shape else (4096,)  # one patch a chunk: a shuffled read fetches nothing else
-            packing = {'compression': 'gzip', 'compression_opts': _LEVEL, 'shuffle': True}
-            options = {'chunks': chunks, 'maxshape': (None, *shape), **(packing if shape else {'fletcher32': True})}
-            sets[name] = file.create_dataset(name, (0, *shape), kind, **options)
-        cases = zip(dataframe.index.astype(str), _cutAhead(dataframe, transform, dtype), strict=True)
-        for patient, cutting in tqdm(cases, 'cut', len(dataframe), leave=False):
-            try:
-                case = cutting.result()
-            except (ValueError, OSError) as error:
-                bad[patient] = error
-                continue
-            if case is None:
+    shapes = {'image': (len(config.MODALITIES), size, size), 'label': (size, size)}
+    # no chunk cache: on a full disk HDF5 would fail again when it closes the file, and crash the process at its end
+    with h5py.File(part, 'w', rdcc_nbytes=0) as file:
+        for name, kind in zip(_DATASETS, (dtype, np.uint8), strict=True):
+            _createDataset(file, name, shapes[name], kind, compression='lzf')
+        for name in _ORIGINS:
+            _createDataset(file, name, (), np.int32)
+        cut = functools.partial(_tryToCut, transform=transform, dtype=dtype)
+        results = forEachPatient(cut, dataframe, 'cut')
+        for patient, result in zip(dataframe.index.astype(str), results, strict=True):
+            if result is None:
                 return None
-            if not (bad and config.ON_BAD_PATIENT == 'stop'):  # then the rest is only looked through
-                _append(sets, len(kept), *case)
+            if isinstance(result, Exception):
+                bad[patient] = result
+            elif not (bad and config.ON_BAD_PATIENT == 'stop'):  # otherwise the rest is only checked
+                _append(file, len(kept), *result)
                 kept.append(patient)
         _reportBad(bad, len(dataframe))
-        file.attrs['settings'], file.attrs['patients'] = settings, json.dumps(kept)
+        file.attrs['settings'], file.attrs['patients'] = settings or '', json.dumps(kept)
         file.attrs['leftOut'] = json.dumps({patient: str(error) for patient, error in bad.items()})
-        return len(sets['label'])
+        return len(file['label'])
 
 
-def _append(sets, number, where, packed):
-    """Writes the packed patches of one patient, the `number`-th of the file, behind those that are there."""
-    start = len(sets['case'])
-    for values in sets.values():
-        values.resize(start + len(where), axis=0)
-    for name, chunks in packed.items():
-        corner = (0,) * (sets[name].ndim - 1)
-        for place, chunk in enumerate(chunks, start):
-            sets[name].id.write_direct_chunk((place, *corner), chunk)
-    if len(where):
-        for name, values in zip(_PLACES, (number, *where.T), strict=True):
-            sets[name][start:] = values
+def _createDataset(file, name, shape, dtype, **options):
+    """Create an empty dataset (0, *shape) with checksums."""
+    chunks = (1, *shape) if shape else (4096,)  # one patch per chunk: a shuffled read decompresses nothing else
+    file.create_dataset(name, (0, *shape), dtype, chunks=chunks, maxshape=(None, *shape), fletcher32=True, **options)
 
 
-def _reportBad(bad, noPatients):
-    """Raises, or prints, the errors of bad patients, all at once, as `config.ON_BAD_PATIENT` has it."""
+def _append(file, number, origins, image, label):
+    """Append the patches of one patient, number `number` of the file."""
+    start, count = len(file['label']), len(origins)
+    columns = zip(_ORIGINS, (np.full(count, number), *origins.T), strict=True)
+    for name, values in {'image': image, 'label': label, **dict(columns)}.items():
+        file[name].resize(start + count, axis=0)
+        file[name][start:] = values
+
+
+def _reportBad(bad, numPatients):
+    """Raise, or print, the errors of all bad patients at once, as `config.ON_BAD_PATIENT` says."""
     if bad and config.ON_BAD_PATIENT == 'stop':
         if len(bad) == 1:
             raise next(iter(bad.values()))
-        few = '\n'.join(str(error) for error in list(bad.values())[:20])
-        raise ValueError(f'{len(bad)} of {noPatients} patients cannot be used, the first of them:\n{few}')
-    if len(bad) == noPatients:
-        raise ValueError(f'None of the {noPatients} patients can be used: {next(iter(bad.values()))}')
+        first = '\n'.join(str(error) for error in list(bad.values())[:20])
+        raise ValueError(f'{len(bad)} of {numPatients} patients cannot be used. The first of them:\n{first}')
+    if len(bad) == numPatients:
+        raise ValueError(f'None of the {numPatients} patients can be used: {next(iter(bad.values()))}')
     for error in bad.values():
         print(f'Left out: {error}')
 
 
-_LEVEL = 1  # of gzip; higher ones take longer and save next to nothing
+def _tryToCut(paths, transform, dtype):
+    """Return what `_cutPatient` returns, or the error that bad data raised."""
+    try:
+        return _cutPatient(paths, transform, dtype)
+    except (ValueError, OSError) as error:
+        return error
 
 
-def _cutAhead(dataframe, transform, dtype):
-    """Yields the future of what `_cutCase` gives of each patient, in order; threads cut the next few meanwhile.
+def _cutPatient(paths, transform, dtype):
+    """Return the patches of one patient: origins int (N, 3), image (N, C, 128, 128), label uint8 (N, 128, 128).
 
-    Threads, not processes: nearly all of the work leaves the interpreter's lock, and nothing has to be started.
-    """
-    rows = iter(dataframe.iterrows())
-    with ThreadPoolExecutor(config.PREPROCESS_WORKERS) as pool:
-        waiting = deque()
-        while True:
-            ahead = islice(rows, config.PREPROCESS_WORKERS + 1 - len(waiting))
-            waiting.extend(pool.submit(_cutCase, *row, transform, dtype) for row in ahead)
-            if not waiting:
-                return
-            yield waiting.popleft()
-
-
-def _cutCase(patient, paths, transform, dtype):
-    """Gives of one patient where its patches lie, int (N, 3), and dict of `image` and `label` to N packed chunks each.
-
-    None where an image's values lie outside of [-1, 1] and `dtype` is float16.
+    None if `dtype` is float16 and a value lies outside [-1, 1].
     """
     cut = _cutStretched if transform is None else _cutTransformed
-    where, label, channels = cut(patient, paths, transform)
-    image = np.empty((len(where), len(config.MODALITIES), config.PATCH_SIZE, config.PATCH_SIZE), dtype)
-    for place, patches in enumerate(channels):
+    origins, label, channels = cut(paths, transform)
+    image = np.empty((len(origins), len(config.MODALITIES), config.PATCH_SIZE, config.PATCH_SIZE), dtype)
+    for number, patches in enumerate(channels):
         if dtype == np.float16 and patches.size and max(-patches.min(), patches.max()) > 1:
             return None
-        torch.from_numpy(image)[:, place].copy_(torch.from_numpy(patches))  # NumPy rounds to float16 far slower
-    return where, {'image': _pack(image), 'label': _pack(label)}
+        torch.from_numpy(image)[:, number].copy_(torch.from_numpy(patches))  # NumPy rounds to float16 far slower
+    return origins, image, label
 
 
-def _cutTransformed(patient, paths, transform):
-    """Gives where the patches of a transformed patient lie, those of the label, and yields those of each channel."""
+def _cutTransformed(paths, transform):
+    """Return origins and label patches of a patient under a given transform, and an iterator of each channel's."""
     image, label = readCase(paths)
-    isBrain = (image != 0).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
-    x, y = (tensor.numpy() for tensor in transformVolume(image, label, transform, patient))
-    where, lowest = _choosePatches(y > 0, isBrain, patient), x.min()
-    # a label's minimum is 0 or, where the tumor fills all of the volume, would make tumor of padding
-    return where, _cut(y, where, 0), (_cut(x[:, channel], where, lowest) for channel in range(x.shape[1]))
+    isBrain = maskFunction(image).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
+    x, y = (tensor.numpy() for tensor in transformVolume(image, label, transform, patientOf(paths)))
+    origins, lowest = _choosePatches(y > 0, isBrain, patientOf(paths)), x.min()
+    # labels are padded with 0: their own minimum would be tumor where tumor fills the volume
+    return origins, _cut(y, origins, 0), (_cut(x[:, channel], origins, lowest) for channel in range(x.shape[1]))
 
 
-def _cutStretched(patient, paths, _):
-    """Gives the same for `volumeTransform`, which is computed only where it is cut, one modality after the other."""
+def _cutStretched(paths, _):
+    """Return what `_cutTransformed` returns, for `volumeTransform()`: only patches are stretched, not whole volumes."""
     volumes, isBrain = readVolumes(paths), None
     y = next(volumes).transpose(2, 0, 1)
     if config.BACKGROUND_SHARE:
         volumes = list(volumes)
         isBrain = functools.reduce(np.logical_or, map(maskFunction, volumes)).transpose(2, 0, 1)
-    where = _choosePatches(y > 0, isBrain, patient)
-    return where, _cut(y, where, 0), map(functools.partial(_stretchAndCut, where), volumes)  # lets go of each volume
+    origins = _choosePatches(y > 0, isBrain, patientOf(paths))
+    return origins, _cut(y, origins, 0), map(functools.partial(_stretchAndCut, origins), volumes)
 
 
-def _stretchAndCut(where, volume):
+def _stretchAndCut(origins, volume):
+    """Return the stretched patches of one modality; the limits come from the whole volume."""
     if volume.dtype.kind == 'f':
-        volume = volume.astype(np.float32)  # as `readCase` gives it
+        volume = volume.astype(np.float32)  # as in `readCase`
     stretch, values = volumeTransform(), alongMemory(volume)[0](volume)
-    limits = stretch.findLimits(values[maskFunction(values)])
-    patches = _cut(volume.transpose(2, 0, 1), where, 0)
-    stretched = stretch.stretch(patches, *limits)
-    np.copyto(stretched, stretch.out_min, where=~maskFunction(patches))
-    return stretched
-
-
-def _pack(patches):
-    """Gives each patch as HDF5's filters shuffle and gzip would store it, by a faster gzip, outside of HDF5's lock."""
-    numbers = patches.view(f'u{patches.itemsize}').reshape(len(patches), math.prod(patches.shape[1:]))
-    planes = ([(each >> 8 * byte).astype(np.uint8) for byte in range(patches.itemsize)] for each in numbers)
-    return [isal_zlib.compress(np.concatenate(bytesOfAll), _LEVEL) for bytesOfAll in planes]
+    patches = _cut(volume.transpose(2, 0, 1), origins, 0)
+    return stretch.stretch(patches, maskFunction(patches), *stretch.findLimits(values[maskFunction(values)]))
 
 
 def _choosePatches(isTumor, isBrain, patient):
-    """Gives the (slice, row, column) of the patches to keep, sorted: int (N, 3), of masks (D, W, H).
+    """Return the (slice, row, column) of the patches to keep, sorted, int (N, 3).
 
-    The mask of the brain is asked for only where `config.BACKGROUND_SHARE` is not 0.
+    Args:
+        isTumor, isBrain: masks (D, W, H); the second is used only if `config.BACKGROUND_SHARE` is not 0.
+        patient: id, from which background patches are drawn.
     """
     size, stride = config.PATCH_SIZE, config.PATCH_STRIDE
     rows, columns = (windowStarts(length, size, stride) for length in isTumor.shape[1:])
 
-    def holds(mask):  # (windows, D)
+    def isIn(mask):  # (windows, D): whether a window holds a voxel of the mask
         windows = [mask[:, row : row + size, column : column + size] for row in rows for column in columns]
         return np.array([window.any((1, 2)) for window in windows])
 
-    isKept = holds(isTumor)
+    isKept = isIn(isTumor)
     if config.BACKGROUND_SHARE:
         generator = np.random.default_rng([config.SEED, zlib.crc32(str(patient).encode())])
-        isKept |= holds(isBrain) & (generator.uniform(size=isKept.shape) < config.BACKGROUND_SHARE)
+        isKept |= isIn(isBrain) & (generator.uniform(size=isKept.shape) < config.BACKGROUND_SHARE)
     slices, windows = np.nonzero(isKept.T)
     return np.stack([slices, rows[windows // len(columns)], columns[windows % len(columns)]], axis=1)
 
 
-def _cut(volume, where, padding):
-    """Cuts patches (N, 128, 128) from a volume (D, W, H); one smaller than a patch is padded with a value."""
+def _cut(volume, origins, padding):
+    """Return patches (N, 128, 128) of a volume (D, W, H); one smaller than a patch is padded with a value."""
     size = config.PATCH_SIZE
-    short = [max(size - length, 0) for length in volume.shape[1:]]
-    if any(short):
-        volume = np.pad(volume, ((0, 0), (0, short[0]), (0, short[1])), constant_values=padding)
+    missing = [max(size - length, 0) for length in volume.shape[1:]]
+    if any(missing):
+        volume = np.pad(volume, ((0, 0), (0, missing[0]), (0, missing[1])), constant_values=padding)
     windows = sliding_window_view(volume, (size, size), axis=(1, 2))  # (D, W', H', 128, 128)
-    return windows[tuple(where.T)]
+    return windows[tuple(origins.T)]

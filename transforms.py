@@ -1,81 +1,61 @@
-"""Define the torchio transforms of volumes and of patches, and run them on one."""
+"""Define the torchio transforms of volumes and patches, and apply them to one patient or patch."""
 
 import numpy as np
 import torch
 import torchio as tio
 
 import config
-from patients import alongMemory
-
-
-def maskFunction(x):
-    """Gives the brain mask of an image tensor: bool of its shape, True where it is not background (0)."""
-    return x != 0
+from patients import alongMemory, maskFunction
 
 
 class StretchHistogram(tio.RescaleIntensity):
-    """torchio's RescaleIntensity, but what the mask leaves out gets the lower end of the range.
+    """torchio's RescaleIntensity, but voxels outside the mask become the lower end of the range.
 
-    Inside the mask the result is RescaleIntensity's. Outside, the plain class maps background like any other intensity:
-    to somewhere inside the range where the brain has negative ones. An image with an empty mask, or with one value in
-    all of it, becomes the lower end everywhere; the plain class would leave its intensities as they are.
+    Inside the mask the result equals RescaleIntensity's. RescaleIntensity maps the background like any other intensity:
+    into the middle of the range if the brain has negative intensities. An image with an empty mask, or with a single
+    value inside it, becomes the lower end everywhere; RescaleIntensity leaves such an image unchanged.
     """
 
     def rescale(self, tensor, mask, image_name):
         turn, turnBack = alongMemory(tensor.numpy())
         array, mask = turn(tensor.numpy()), turn(mask.numpy())
-        values = array[mask]
-        stretched = np.full(array.shape, self.out_min, np.float32)
-        stretched[mask] = self.stretch(values, *self.findLimits(values))
-        return torch.from_numpy(turnBack(stretched))
+        return torch.from_numpy(turnBack(self.stretch(array, mask, *self.findLimits(array[mask]))))
 
     def findLimits(self, values):
-        """Gives the two intensities that become the ends of the range, of the intensities (N,) inside the mask."""
+        """Return the two intensities that become the ends of the range, from the intensities (N,) inside the mask."""
         if self.in_min_max is not None:
             return self.in_min_max
-        return tuple(_percentile(values, percentile) if values.size else 0 for percentile in self.percentiles)
+        return np.percentile(values, self.percentiles).tolist() if values.size else (0.0, 0.0)
 
-    def stretch(self, values, low, high):
-        """Gives float32 intensities with `low` and what is below at the range's lower end, `high` at its upper end."""
-        if not high > low:
-            return np.full(values.shape, self.out_min, np.float32)
-        stretched = values.astype(np.float32)
-        np.clip(stretched, low, high, out=stretched)
-        stretched -= low
-        stretched *= (self.out_max - self.out_min) / (high - low)
-        stretched += self.out_min
+    def stretch(self, values, mask, low, high):
+        """Return float32 intensities: `low` and less at the range's lower end, `high` and more at the upper end.
+
+        Args:
+            values: array of intensities.
+            mask: bool of the same shape; False becomes the lower end.
+            low, high: as `findLimits` returns them.
+        """
+        stretched = np.full(values.shape, self.out_min, np.float32)
+        if high > low:
+            inside = values[mask].astype(np.float32)
+            np.clip(inside, low, high, out=inside)
+            inside -= low
+            inside *= (self.out_max - self.out_min) / (high - low)
+            inside += self.out_min
+            stretched[mask] = inside
         return stretched
 
 
-def _percentile(values, percentile):
-    """Gives what `np.percentile` gives of values (N,), in a fifth of the time: only the tail it lies in is sorted."""
-    place = percentile / 100 * (len(values) - 1)
-    first = int(place)
-    sample = np.sort(values[:: len(values) // 4096 + 1])  # tells about where the tail ends, with room to spare
-    room = int(0.5 + len(sample) * (0.01 + 0.5 * min(percentile, 100 - percentile) / 100))
-    middle = int(percentile / 100 * (len(sample) - 1))
-    if percentile < 50:
-        tail = values[values <= sample[min(middle + room, len(sample) - 1)]]
-    else:
-        tail = values[values >= sample[max(middle - room, 0)]]
-        first -= len(values) - len(tail)
-    if not 0 <= first < len(tail) - 1:  # values that the sample did not foresee, or the very end of them
-        tail, first = values, int(place)
-    last = min(first + 1, len(tail) - 1)
-    start, end = np.partition(tail, (first, last))[[first, last]].astype(np.float64)
-    return float(start + (end - start) * (place - int(place)))
-
-
 def imageKeys():
-    """Gives the names of a subject's images, one per entry of `config.MODALITIES`: ['x1', 'x2', ...]."""
+    """Return the names of a subject's images, one per entry of `config.MODALITIES`: ['x1', 'x2', ...]."""
     return [f'x{number}' for number in range(1, len(config.MODALITIES) + 1)]
 
 
 def volumeTransform():
-    """Gives the torchio transform that every volume meets once, before patches are cut and before it is predicted.
+    """Return the torchio transform that is applied to each volume once, before cutting and before prediction.
 
-    It maps the `config.STRETCH_PERCENTILES` of each modality's brain to `config.STRETCH_RANGE`. Per volume, not per
-    patch: the same tissue then has the same value whatever else the patch holds.
+    It maps the `config.STRETCH_PERCENTILES` of each modality's brain to `config.STRETCH_RANGE`. It works on the volume
+    and not on the patch, so that a tissue has the same value whatever else is in the patch.
     """
     return StretchHistogram(
         out_min_max=config.STRETCH_RANGE,
@@ -87,16 +67,15 @@ def volumeTransform():
 
 
 def makeTransforms():
-    """Gives `trainTransform, valTransform, testTransform`, torchio objects made from the numbers in `config`.
+    """Return `trainTransform, valTransform, testTransform`, torchio objects made from the numbers in `config`.
 
-    Patches are stored stretched and with classes for labels, so the first two neither stretch nor remap; the third is
-    `volumeTransform()`, for whole patients.
+    Stored patches are stretched and hold classes, so the first two neither stretch nor remap.
 
     Returns:
-        trainTransform: tio.Compose for `utils.BRATSDataset` (per patch, on the CPU): pad, one spatial and one intensity
-            transform.
+        trainTransform: tio.Compose of padding, one spatial and one intensity transform, for `utils.BRATSDataset` (patch
+            by patch on the CPU) or `batched.Batched` (batches on the device).
         valTransform: tio.Compose that pads to `config.PATCH_SIZE`.
-        testTransform: tio.Compose for `engine.predict`.
+        testTransform: tio.Compose of `volumeTransform()`, for `engine.predict`.
     """
     images, both = {'include': imageKeys()}, {'include': [*imageKeys(), 'y'], 'label_keys': ['y']}
     pad = tio.CropOrPad((config.PATCH_SIZE, config.PATCH_SIZE, 1), padding_mode='minimum', **both)
@@ -121,12 +100,12 @@ def makeTransforms():
 
 
 def transformCase(image, label, transform):
-    """Gives one patient, or one patch, after a torchio transform.
+    """Return one patient, or one patch, after a torchio transform.
 
     Args:
         image: float (C, W, H, D) array or tensor.
         label: integer (W, H, D), or None.
-        transform: callable on a dict of `x1`, `x2`, ... and `y`, each (1, W, H, D).
+        transform: callable that takes a dict of `x1`, `x2`, ... and `y`, each (1, W, H, D).
 
     Returns:
         x: float32 (D', C, W', H') tensor, slices first.
@@ -134,13 +113,13 @@ def transformCase(image, label, transform):
     """
     images = torch.as_tensor(image, dtype=torch.float32)  # affine, elastic and anisotropy refuse float16
     subject = {f'x{number}': channel[None] for number, channel in enumerate(images, start=1)}
-    # a transform that includes y wants one, so an unlabelled patient gets zeros for the way
-    given = torch.zeros(images.shape[1:], dtype=torch.uint8) if label is None else torch.as_tensor(label)
-    subject['y'] = given[None]
+    # a transform that includes y needs one: without a label it gets zeros, which are dropped afterwards
+    y = torch.zeros(images.shape[1:], dtype=torch.uint8) if label is None else torch.as_tensor(label)
+    subject['y'] = y[None]
     subject = transform(subject)
-    # joined as they lie in memory, where W is the fastest axis (see patients.readCase), and only looked at as W, H
+    # stacked in memory order, where W is the fastest axis (see patients.readCase), and only viewed as W, H
     channels = [subject[f'x{number}'][0].permute(2, 1, 0).numpy() for number in range(1, len(images) + 1)]
-    # by NumPy, which asks for large pages: of a whole patient torch's own stack takes ten times as long
+    # by NumPy, which uses large pages: torch.stack takes ten times as long for a whole patient
     x = torch.from_numpy(np.stack(channels, axis=1, dtype=np.float32)).transpose(2, 3)
     if label is None:
         return x, None
@@ -149,16 +128,37 @@ def transformCase(image, label, transform):
 
 
 def transformVolume(image, label, transform, patient):
-    """Gives what `transformCase` gives of a whole patient, whose shape the transform has to keep.
+    """Return what `transformCase` returns for a whole patient, whose shape the transform must keep.
 
     Args:
-        image, label, transform: as there; no transform stands for `volumeTransform()`.
-        patient: to be named in an error.
+        image, label: as in `transformCase`.
+        transform: as in `transformCase`; None: `volumeTransform()`.
+        patient: patient id, for the error message.
 
     Raises:
         ValueError: the transform changed the shape.
     """
     x, y = transformCase(image, label, volumeTransform() if transform is None else transform)
     if x.permute(1, 2, 3, 0).shape != image.shape:
-        raise ValueError(f'{patient}: the transform made {tuple(x.shape)} of {image.shape[1:]}; it must stay.')
+        raise ValueError(f'{patient}: the transform changed the shape {image.shape[1:]} to {tuple(x.shape)}.')
     return x, y
+
+
+def windowStarts(length, size, stride):
+    """Return the starts of windows that cover an axis: 0, stride, ..., and the last one flush with the end.
+
+    Args:
+        length: pixels of the axis.
+        size: pixels of a window; an axis shorter than that gets one window, at 0.
+        stride: pixels from one window to the next, 1 to `size`.
+
+    Returns:
+        int (N,), sorted; every pixel is in at least one window.
+
+    Raises:
+        ValueError: a stride that would leave pixels out.
+    """
+    if not 0 < stride <= size:
+        raise ValueError(f'The patch stride is {stride}; 1 to {size} (PATCH_SIZE) covers every pixel.')
+    last = max(length - size, 0)
+    return np.unique([*range(0, last, int(stride)), last])

@@ -1,4 +1,4 @@
-"""The patch dataset; and, by import, the calls that users know under `utils`."""
+"""Load patches; and re-export the calls that the contract names under `utils`."""
 
 import os
 from pathlib import Path
@@ -8,13 +8,11 @@ import torch
 
 import config
 from checkpoints import epochs, loadCheckpoint, makeCheckpoint, readHistory
-from checks import checkFiles
-from cohort import describeCohort, readSplit, split, splitFolds, writeSplit
-from gifs import makeGifs
+from cohort import checkFiles, describeCohort, readSplit, split, splitFolds, writeSplit
 from metrics import computeMetrics
 from patients import makeFileList
-from pictures import plotCurves, plotPrediction, plotSample, plotTransforms
-from results import saveProbabilities, saveSegmentation
+from pictures import makeGifs, plotCurves, plotPrediction, plotSample, plotTransforms
+from postprocess import saveProbabilities, saveSegmentation
 from transforms import maskFunction, transformCase
 
 __all__ = [
@@ -43,39 +41,39 @@ __all__ = [
 
 
 class BRATSDataset(torch.utils.data.Dataset):
-    """The patches of an `.h5` file: (image float32 (C, 128, 128), label int64 (128, 128)).
+    """Patches of an `.h5` file as (image float32 (C, 128, 128), label int64 (128, 128)).
 
     Args:
-        file: path of a file that `preprocess.makeDataset` wrote.
-        noSamples: how many of its patches to use, from the first; None: all.
-        transform: torchio transform of a patch, run here on the CPU; None: the patch as it is.
-        raw: a loader gets batches as they are stored, float16 (or float32) and uint8: for
-            `batched.Batched`, `engine.train` and `validate`, which cast them on the device. Without a transform only.
+        file: path of a file written by `preprocess.makeDataset`.
+        noSamples: number of patches to use, from the first; None: all.
+        transform: torchio transform, applied to each patch on the CPU; None: the patch as stored.
+        raw: a loader gets batches as stored, float16 (or float32) and uint8, for `batched.Batched`, `engine.train` and
+            `engine.validate`, which convert them on the device. Not with a transform.
 
     Attributes:
-        file: the open h5py.File. Each process that loads opens its own; `file.close()` may be called at any time, and a
-            patch asked for later opens it again.
+        file: the open h5py.File. Each loader process opens its own. `file.close()` may be called at any time; a patch
+            requested later opens the file again.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file has fewer patches, or those of other modalities than `config.MODALITIES`.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has fewer patches than requested, or another number of modalities than `config.MODALITIES`.
     """
 
     def __init__(self, file, noSamples=None, transform=None, raw=False):
         if not Path(file).is_file():
             raise FileNotFoundError(f'{file} does not exist; preprocess.makeDataset writes it.')
         if raw and transform is not None:
-            raise ValueError('raw = True hands out what is stored; it cannot go with a transform.')
+            raise ValueError('raw = True returns patches as stored; it cannot be combined with a transform.')
         self.path, self.transform, self.raw, self._cache = str(file), transform, raw, None
         self._open()
         images = self.file['image']
         self.noSamples = len(images) if noSamples is None else int(noSamples)
         if not 0 < self.noSamples <= len(images):
-            raise ValueError(f'{file} has {len(images)} patches, {noSamples} were asked for.')
+            raise ValueError(f'{file} has {len(images)} patches, {noSamples} were requested.')
         if images.shape[1] != len(config.MODALITIES):
             raise ValueError(f'{file} has {images.shape[1]} modalities, config.MODALITIES {len(config.MODALITIES)}.')
         if images.nbytes / len(images) * self.noSamples <= config.CACHE_PATCHES * 1e9:
-            # tensors: forked workers share their memory, and spawned ones get them shared by torch's pickling
+            # as tensors: workers share their memory, whether forked or spawned
             self._cache = tuple(torch.from_numpy(self.file[name][: self.noSamples]) for name in ('image', 'label'))
 
     def _open(self):
@@ -83,24 +81,24 @@ class BRATSDataset(torch.utils.data.Dataset):
         self._process = os.getpid()
 
     def __getstate__(self):
-        return {**vars(self), 'file': None}  # a handle does not travel to another process
+        return {**vars(self), 'file': None}  # HDF5 handles cannot be sent to another process
 
     def __len__(self):
         return self.noSamples
 
     def _read(self, index):
-        """Gives image and label of a patch as stored."""
+        """Return image and label of a patch as stored."""
         if self._cache is None:
             if not self.file or self._process != os.getpid():
                 self._open()
-            # one at a time: h5py takes ten times as long for a list of indices
+            # one by one: h5py takes ten times as long for a list of indices
             return tuple(torch.from_numpy(self.file[name][index]) for name in ('image', 'label'))
         return tuple(values[index] for values in self._cache)
 
     def __getitem__(self, index):
         index = int(index)
         if not -len(self) <= index < len(self):
-            raise IndexError(f'Patch {index} of {len(self)} was asked for.')
+            raise IndexError(f'Patch {index} of {len(self)} was requested.')
         image, label = self._read(index % len(self))
         if self.transform is None:
             return image.float(), label.long()
@@ -108,7 +106,7 @@ class BRATSDataset(torch.utils.data.Dataset):
         return x[0].contiguous(), y[0].long()  # (1, C, W, H) -> (C, W, H)
 
     def __getitems__(self, indices):
-        """Gives the samples of a batch; raw ones are read in the order in which they lie in the file."""
+        """Return the samples of a batch; raw ones are read in the order of the file."""
         if not self.raw:
             return [self[index] for index in indices]
         read = {index: self._read(index) for index in sorted({int(index) for index in indices})}

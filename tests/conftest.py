@@ -5,23 +5,74 @@ import pytest
 import config
 
 COLUMNS = ['t1', 't1ce', 't2', 'flair', 'seg']
+NEWER = ['t1n', 't1c', 't2w', 't2f', 'seg']  # the same columns in the file names of 2023 and 2024
+CLASSIC_LABELS, NEWER_LABELS = [0, 1, 2, 4], [0, 1, 2, 3]  # of the classes 0 to 3
+LAYOUTS = {  # edition -> file name, columns, labels
+    'BraTS2018': ('{g}/Brats18_CBICA_A{i}_1/Brats18_CBICA_A{i}_1_{c}.nii.gz', COLUMNS, CLASSIC_LABELS),
+    'BraTS2019': ('{g}/BraTS19_2013_{i}_1/BraTS19_2013_{i}_1_{c}.nii.gz', COLUMNS, CLASSIC_LABELS),
+    'BraTS2020': ('BraTS20_Training_{i:03d}/BraTS20_Training_{i:03d}_{c}.nii', COLUMNS, CLASSIC_LABELS),
+    'BraTS2021': ('BraTS2021_{i:05d}/BraTS2021_{i:05d}_{c}.nii.gz', COLUMNS, CLASSIC_LABELS),
+    'GLI': ('BraTS-GLI-{i:05d}-000/BraTS-GLI-{i:05d}-000-{c}.nii.gz', NEWER, NEWER_LABELS),
+    'SSA': (
+        '95_Glioma/BraTS-SSA-{i:05d}-000/BraTS-SSA-{i:05d}-000-{c}.nii.gz',
+        ['t1n', 't1c', 't2W', 't2f', 'seg'],
+        NEWER_LABELS,
+    ),
+    'BraTS2024': ('BraTS-GLI-{i:05d}-101/BraTS-GLI-{i:05d}-101-{c}.nii.gz', NEWER, NEWER_LABELS),
+    'Decathlon': ('Task01/{c}/BRATS_{i:03d}.nii.gz', ['imagesTr', 'labelsTr'], [0, 2, 1, 3]),
+}
 
 
 def touch(folder, *names):
-    """Makes empty files below a folder."""
+    """Create empty files below a folder."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
 
 
 def names(patient, columns=COLUMNS, ending='.nii.gz'):
-    """Gives the names of a patient's files as BraTS laid them out until 2021."""
+    """Return the names of a patient's files as BraTS laid them out until 2021."""
     return [f'{patient}/{patient}_{column}{ending}' for column in columns]
+
+
+def namesNewer(patient):
+    """Return the names of a patient's files as BraTS has laid them out since 2023."""
+    return [f'{patient}/{patient}-{column}.nii.gz' for column in NEWER]
+
+
+def save(volume, file, affine=None):
+    """Write a volume as NIfTI, with missing folders."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.asarray(volume), np.eye(4) if affine is None else affine), file)
+
+
+def volumesOf(image, label=None):
+    """Return a dict of column -> volume of an image (3, W, H, D) and a label, for `writeCase`."""
+    volumes = dict(zip(['t1ce', 't2', 'flair'], image, strict=True))
+    return volumes if label is None else {**volumes, 'seg': label}
+
+
+def drawCases(numCases, seed):
+    """Return random (image int16 (4, W, H, D) in the order of COLUMNS, classes (W, H, D)) pairs."""
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 999, (numCases, 4, 6, 5, 4)).astype(np.int16)
+    return list(zip(images, generator.integers(0, 4, (numCases, 6, 5, 4)), strict=True))
+
+
+def writeLayout(edition, folder, cases):
+    """Write the pairs of `drawCases` with the file names and labels of an edition, a key of `LAYOUTS`."""
+    affine = np.array([[-1, 0, 0, 9], [0, -1, 0, 9], [0, 0, 1, 0], [0, 0, 0, 1]])
+    name, columns, labels = LAYOUTS[edition]
+    for number, (image, classes) in enumerate(cases, start=1):
+        volumes = [np.stack([image[3], *image[:3]], axis=-1)] if edition == 'Decathlon' else image
+        volumes = [*volumes, np.array(labels, np.uint8)[classes]]
+        for column, volume in zip(columns, volumes, strict=True):
+            save(volume, folder / name.format(g='HGG' if number % 2 else 'LGG', i=number, c=column), affine)
 
 
 @pytest.fixture(autouse=True)
 def freshConfig(tmp_path, monkeypatch):
-    """Gives every test the numbers as they are in the file, small ones where size costs time, and takes them back."""
+    """Give each test the values of config.py, small ones where size costs time, and restore them afterwards."""
     before = dict(vars(config))
     monkeypatch.delenv('BRATS_FOLDER', raising=False)
     config.OUTPUT_FOLDER = str(tmp_path / 'output')
@@ -35,15 +86,13 @@ def freshConfig(tmp_path, monkeypatch):
 
 @pytest.fixture
 def writeCase(tmp_path):
-    """A function that writes one patient's volumes as NIfTI and gives its row of the file list."""
+    """Return a function that writes one patient's volumes as NIfTI and returns its row of the file list."""
 
     def write(volumes, patient='BraTS20_Training_001', affine=None, folder='data'):
         home = tmp_path / folder / patient
-        home.mkdir(parents=True, exist_ok=True)
-        paths = {}
+        paths = {column: str(home / f'{patient}_{column}.nii.gz') for column in volumes}
         for column, volume in volumes.items():
-            paths[column] = str(home / f'{patient}_{column}.nii.gz')
-            nib.save(nib.Nifti1Image(np.asarray(volume), np.eye(4) if affine is None else affine), paths[column])
+            save(volume, home / f'{patient}_{column}.nii.gz', affine)
         return paths
 
     return write

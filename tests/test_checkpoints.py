@@ -1,73 +1,316 @@
+import io
+import os
+import random
 import time
 
+import h5py
+import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
 
+import batched
+import checkpoints
 import config
+import engine
+import preprocess
 import utils
+
+INFINITE = float('inf')
+
+
+def makeRun(seed=0, width=8):
+    """Return a small model with dropout, its optimizer, a scheduler and a disabled scaler."""
+    torch.manual_seed(seed)
+    layers = [torch.nn.Conv2d(3, width, 3, padding=1), torch.nn.BatchNorm2d(width), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers, torch.nn.Dropout2d(0.2), torch.nn.Conv2d(width, 4, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    return model, optimizer, scheduler, torch.amp.GradScaler('cuda', enabled=False)
 
 
 def write(losses):
-    """Makes a checkpoint after each of some epochs, with these validation losses."""
-    model = torch.nn.Conv2d(3, 4, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    """Write a checkpoint after each of some epochs with these validation losses."""
+    run = makeRun()
     for epoch, loss in enumerate(losses):
-        best = min([float('inf'), *losses[:epoch]])
-        utils.makeCheckpoint(epoch, model, optimizer, None, torch.amp.GradScaler('cpu', enabled=False), 1, loss, best)
+        checkpoints.makeCheckpoint(epoch, *run, 1, loss, min([INFINITE, *losses[:epoch]]))
+
+
+def asFormat1():
+    """Rewrite the last checkpoint in format 1: the history counts epochs from 0, and the model is `network`."""
+    content = torch.load(config.LAST_CHECKPOINT, weights_only=True)
+    content['format'] = 1
+    for number, row in enumerate(content['history']):
+        row['epoch'] = number
+    content['settings']['network'] = content['settings'].pop('model')
+    torch.save(content, config.LAST_CHECKPOINT)
+
+
+# Stopping in time
 
 
 def test_epochs_runsToTheLast(capsys):
-    """Without a reason to stop: every epoch from the given one on, and not a word."""
+    """Without a reason to stop, every epoch from the first to the last is yielded, and nothing is printed."""
     config.EPOCHS = 5
-    assert list(utils.epochs(2)) == [2, 3, 4] and list(utils.epochs(5)) == []
+    assert list(checkpoints.epochs(2)) == [2, 3, 4] and list(checkpoints.epochs(5)) == []
     assert capsys.readouterr().out == ''
 
 
+@pytest.mark.parametrize('isFormat1', [False, True])
 @pytest.mark.parametrize(
     ('losses', 'patience', 'isOver'),
     [
         ([3, 2, 1, 2, 3], 2, True),
         ([3, 2, 1, 2, 3], 3, False),
-        ([3, 2, 1, 1, 1], 2, True),  # as good is not better
+        ([3, 2, 1, 1, 1], 2, True),  # an equal loss is no improvement
         ([1, 2, 3, 0.5], 2, False),  # the latest is the best
         ([1, 2, 3, 4, 5], None, False),
         ([], 1, False),
     ],
 )
-def test_epochs_stopsWithoutImprovement(losses, patience, isOver, capsys):
-    """As many epochs as config.PATIENCE after the best one end it, in the run itself and in one that resumes it."""
+def test_epochs_stopsWithoutImprovement(losses, patience, isOver, isFormat1, capsys):
+    """A resumed run stops if its last config.PATIENCE epochs did not improve the loss."""
     config.EPOCHS, config.PATIENCE = 20, patience
     write(losses)
-    assert (next(utils.epochs(len(losses)), None) is None) == isOver
+    if isFormat1 and losses:
+        asFormat1()
+    assert (next(checkpoints.epochs(len(losses)), None) is None) == isOver
     assert ('did not improve the validation loss' in capsys.readouterr().out) == isOver
 
 
-def test_epochs_looksAtTheCheckpointAfterEveryEpoch():
-    """A loop whose losses rise from the second on ends itself after PATIENCE more."""
+def test_epochs_readsTheCheckpointAfterEveryEpoch(capsys):
+    """A loop whose losses rise from the third epoch on stops after config.PATIENCE more."""
     config.EPOCHS, config.PATIENCE = 20, 3
     losses, run = [2.0, 1.0, 1.5, 1.6, 1.7, 1.8], []
-    for epoch in utils.epochs(0):
+    for epoch in checkpoints.epochs(0):
         run.append(epoch)
         write(losses[: epoch + 1])
     assert run == [0, 1, 2, 3, 4]
+    assert 'Stopped after 5 of 20 epochs: the last 3 did not improve' in capsys.readouterr().out
 
 
-def test_epochs_endsBeforeTheBudgetIsSpent(monkeypatch, capsys):
-    """With epochs of an hour, half an hour after the start of the process, 3.6 hours hold three and not four."""
+def test_epochs_stopsBeforeTheTimeBudgetIsSpent(monkeypatch, capsys):
+    """Epochs of one hour that start half an hour after the process fit three times, not four, into 3.6 hours."""
     start, now = psutil.Process().create_time(), 1800.0
     monkeypatch.setattr(time, 'time', lambda: start + now)
     monkeypatch.setattr(time, 'monotonic', lambda: now)
     config.TIME_BUDGET, config.EPOCHS, run = 3.6, 20, []
-    for epoch in utils.epochs(0):
+    for epoch in checkpoints.epochs(0):
         run.append(epoch)
         now += 3600
     assert run == [0, 1, 2]
     assert '3.50 of the 3.6 hours' in capsys.readouterr().out
 
 
-def test_epochs_ofAnotherRunDoNotCount():
-    """A fresh start beside an older checkpoint is not stopped by that one's losses."""
+def test_epochs_ignoresAnEarlierRun():
+    """A fresh start is not stopped by the losses of an earlier run's checkpoint."""
     config.EPOCHS, config.PATIENCE = 20, 2
     write([1, 2, 3, 4])
-    assert next(utils.epochs(0)) == 0
+    assert next(checkpoints.epochs(0)) == 0
+
+
+# Saving
+
+
+def test_makeCheckpoint_keepsTheBest(tmp_path):
+    """The best file is of the epoch with the lowest validation loss, the last file of the last epoch."""
+    run, best = makeRun(), INFINITE
+    for epoch, loss in enumerate([3.0, 1.0, 2.0]):
+        with torch.no_grad():
+            run[0][0].bias.fill_(epoch)
+        best = checkpoints.makeCheckpoint(epoch, *run, loss / 2, loss, best)
+    assert best == 1
+    for path, nextEpoch, valLoss in ((config.BEST_CHECKPOINT, 2, 1), (config.LAST_CHECKPOINT, 3, 2)):
+        model, *_, epoch, trainLoss, found, bestFound = checkpoints.loadCheckpoint(*makeRun(1), path)
+        assert (epoch, trainLoss, found, bestFound) == (nextEpoch, valLoss / 2, valLoss, 1)
+        assert (model[0].bias == nextEpoch - 1).all()
+    assert not list(tmp_path.rglob('*.part'))
+
+
+def test_makeCheckpoint_holdsOnlyPlainValues():
+    """Losses may be NumPy or torch scalars; the file loads weights-only and holds settings and history."""
+    checkpoints.makeCheckpoint(np.int64(0), *makeRun(), np.float64(2), torch.tensor(1.0), INFINITE)
+    content = torch.load(config.LAST_CHECKPOINT, weights_only=True)
+    assert content['settings']['MODALITIES'] == ['t1ce', 't2', 'flair']
+    assert content['settings']['CLASS_NAMES'][3] == 'enhancing tumor'
+    assert content['history'] == [{'epoch': 1, 'trainLoss': 2.0, 'valLoss': 1.0, 'learnRate': 0.01}]
+
+
+def test_makeCheckpoint_replacesTheHistoryOfAnEarlierRun():
+    """Epochs that are run again replace those of the earlier run, and all that followed them."""
+    write([4.0, 3.0, 2.0, 1.0])
+    checkpoints.makeCheckpoint(1, *makeRun(), 1, 9.0, 4.0)
+    history = checkpoints.readHistory()
+    assert list(history['epoch']) == [1, 2] and list(history['valLoss']) == [4, 9]
+
+
+def test_makeCheckpoint_survivesAnInterruptBetweenItsFiles(tmp_path, monkeypatch):
+    """The last checkpoint is replaced after the best one; an interrupt before either leaves the older ones whole."""
+    replaced, replace = [], os.replace
+    monkeypatch.setattr(os, 'replace', lambda part, file: (replaced.append(file.name), replace(part, file)))
+    run = makeRun()
+    checkpoints.makeCheckpoint(0, *run, 2, 2, 3)
+    assert replaced == ['history.csv', 'best.pt', 'last.pt']
+
+    def interrupt(content, file):
+        file.write(b'half')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, 'save', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.makeCheckpoint(1, *run, 1, 1, 2)
+    assert checkpoints.loadCheckpoint(*makeRun(1), config.BEST_CHECKPOINT)[4] == 1
+    assert checkpoints.loadCheckpoint(*makeRun(1), config.LAST_CHECKPOINT)[4] == 1
+    assert not list(tmp_path.rglob('*.part'))
+
+
+def test_readHistory_countsEpochsFrom1():
+    """Each epoch is one row of history.csv; without any, the file is missing."""
+    with pytest.raises(FileNotFoundError, match=r'history\.csv'):
+        checkpoints.readHistory()
+    write([3.0, 1.0])
+    expected = {'epoch': [1, 2], 'trainLoss': 1.0, 'valLoss': [3.0, 1.0], 'learnRate': 0.01}
+    pd.testing.assert_frame_equal(checkpoints.readHistory(), pd.DataFrame(expected), check_dtype=False)
+
+
+# Resuming
+
+
+def runEpochs(folder, upTo, workers, isBatched):
+    """Run the notebook's loop from the last checkpoint on, with random transforms, shuffling and dropout."""
+    config.OUTPUT_FOLDER = str(folder)
+    generator = np.random.default_rng(0)
+    with h5py.File(folder / 'a.h5', 'w') as file:
+        file['image'] = generator.uniform(-1, 1, (12, 3, 32, 32)).astype(np.float16)
+        file['label'] = generator.integers(0, 4, (12, 32, 32)).astype(np.uint8)
+    transform = preprocess.makeTransforms()[0]
+    augment = batched.Batched(transform) if isBatched else None
+    dataset = utils.BRATSDataset(folder / 'a.h5', 12, None if isBatched else transform, raw=isBatched)
+    loader = torch.utils.data.DataLoader(dataset, 4, shuffle=True, num_workers=workers)
+    criterion = torch.nn.CrossEntropyLoss()
+    state = checkpoints.loadCheckpoint(*makeRun(), config.LAST_CHECKPOINT)
+    model, optimizer, scheduler, scaler, start, _, _, best = state
+    for epoch in range(start, upTo):
+        trainLoss = engine.train(model, criterion, optimizer, scaler, loader, augment) / len(dataset)
+        valLoss = engine.validate(model, criterion, loader) / len(dataset)
+        scheduler.step(valLoss)
+        best = checkpoints.makeCheckpoint(epoch, model, optimizer, scheduler, scaler, trainLoss, valLoss, best)
+    return model.state_dict(), checkpoints.readHistory(), random.random(), np.random.rand()
+
+
+@pytest.mark.parametrize('isBatched', [False, True])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_loadCheckpoint_resumedEqualsUninterrupted(tmp_path, workers, isBatched):
+    """Stopped after two of four epochs and resumed: weights, history and random states are the same, bit for bit."""
+    for name in ('whole', 'parts'):
+        (tmp_path / name).mkdir()
+    random.seed(0), np.random.seed(0)
+    weights, history, *drawn = runEpochs(tmp_path / 'whole', 4, workers, isBatched)
+    random.seed(0), np.random.seed(0)
+    runEpochs(tmp_path / 'parts', 2, workers, isBatched)
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)
+    resumed, resumedHistory, *resumedDrawn = runEpochs(tmp_path / 'parts', 4, workers, isBatched)
+    assert [name for name in weights if not torch.equal(weights[name], resumed[name])] == []
+    assert history.equals(resumedHistory) and list(history['epoch']) == [1, 2, 3, 4]
+    assert drawn == resumedDrawn
+
+
+def test_loadCheckpoint_readsFormat1():
+    """A checkpoint whose history counts from 0 resumes, and its history goes on counting from 1."""
+    write([3.0, 2.0])
+    asFormat1()
+    *run, epoch, _, valLoss, best = checkpoints.loadCheckpoint(*makeRun(1), config.LAST_CHECKPOINT)
+    assert (epoch, valLoss, best) == (2, 2, 2)
+    checkpoints.makeCheckpoint(epoch, *run, 1, 1.0, best)
+    history = checkpoints.readHistory()
+    assert list(history['epoch']) == [1, 2, 3] and list(history['valLoss']) == [3, 2, 1]
+
+
+def test_loadCheckpoint_startsFromZeroWithoutAFile(tmp_path, capsys):
+    """Without a file the same objects, epoch 0 and infinite losses are returned; the scheduler may be None."""
+    model, optimizer, _, scaler = makeRun()
+    result = checkpoints.loadCheckpoint(model, optimizer, None, scaler, str(tmp_path / 'none.pt'))
+    assert result == (model, optimizer, None, scaler, 0, INFINITE, INFINITE, INFINITE)
+    assert 'starting from epoch 1' in capsys.readouterr().out
+
+
+def test_loadCheckpoint_enablesAScalerThatWasDisabled():
+    """A checkpoint made with a disabled scaler, as on the CPU, loads into an enabled one, whose scale stays."""
+    model, optimizer, scheduler, scaler = makeRun()
+    checkpoints.makeCheckpoint(0, model, optimizer, None, scaler, 1, 1, 2)
+    enabled = torch.amp.GradScaler('cpu', enabled=True)
+    scale = enabled.get_scale()
+    assert checkpoints.loadCheckpoint(model, optimizer, scheduler, enabled, config.LAST_CHECKPOINT)[4] == 1
+    assert enabled.get_scale() == scale
+
+
+def test_loadCheckpoint_restoresSchedulerAndScaler():
+    """The scheduler goes on counting the epochs without improvement; an enabled scaler has its scale back."""
+    model, optimizer, _, _ = makeRun()
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+    for loss in (1.0, 2.0):
+        scheduler.step(loss)
+    scaler = torch.amp.GradScaler('cpu', init_scale=8.0)
+    checkpoints.makeCheckpoint(1, model, optimizer, scheduler, scaler, 2, 2, 1)
+    model, optimizer, _, _ = makeRun(1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+    scaler = torch.amp.GradScaler('cpu')
+    checkpoints.loadCheckpoint(model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT)
+    assert scaler.get_scale() == 8 and scheduler.num_bad_epochs == 1 and scheduler.best == 1
+    scheduler.step(2.0)
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(1e-3)
+
+
+class Program:
+    """An object that runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ('a program ran',)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'width', 'words'),
+    [
+        ({}, 9, r'belongs to another model: its 0\.bias is \(8,\), the given model has \(9,\)'),
+        ({'format': 99}, 8, 'has the format 99, this version reads up to 2'),
+        ({'format': 'other'}, 8, 'is not a checkpoint of this package'),
+        ({'format': Program()}, 8, 'is not a checkpoint of this package'),
+    ],
+)
+def test_loadCheckpoint_refusesAnotherRunsFile(tmp_path, capsys, changes, width, words):
+    """Another model, a newer or unknown format, and a pickled program are refused, and the model stays as it is."""
+    write([1])
+    torch.save({**torch.load(config.LAST_CHECKPOINT, weights_only=True), **changes}, tmp_path / 'other.pt')
+    model, *others = makeRun(1, width)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf'other\.pt .*{words}'):
+        checkpoints.loadCheckpoint(model, *others, tmp_path / 'other.pt')
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert 'a program ran' not in capsys.readouterr().out
+
+
+def test_loadCheckpoint_refusesOtherSettings():
+    """Other modalities, or the same in another order, and another class of model are refused."""
+    write([1])
+    _, *others = makeRun()
+    with pytest.raises(ValueError, match=r'last\.pt was made with model = Sequential, this run has model = Conv2d'):
+        checkpoints.loadCheckpoint(torch.nn.Conv2d(3, 4, 1), *others, config.LAST_CHECKPOINT)
+    config.MODALITIES = ('flair', 't1ce', 't2')
+    words = r"MODALITIES = \['t1ce', 't2', 'flair'\], this run has MODALITIES = \['flair', 't1ce', 't2'\]"
+    with pytest.raises(ValueError, match=words):
+        checkpoints.loadCheckpoint(*makeRun(), config.LAST_CHECKPOINT)
+
+
+def test_loadCheckpoint_refusesADamagedFile(tmp_path):
+    """A file that was cut off is named; the next checkpoint replaces it."""
+    write([1])
+    stream = io.BytesIO()
+    torch.save(torch.load(config.LAST_CHECKPOINT, weights_only=True), stream)
+    for file in (tmp_path / 'cut.pt', config.LAST_CHECKPOINT):
+        with open(file, 'wb') as part:
+            part.write(stream.getvalue()[:2000])
+    with pytest.raises(ValueError, match=r'cut\.pt is not a checkpoint of this package, or is damaged'):
+        checkpoints.loadCheckpoint(*makeRun(), tmp_path / 'cut.pt')
+    checkpoints.makeCheckpoint(0, *makeRun(), 1, 1, 2)
+    assert checkpoints.loadCheckpoint(*makeRun(), config.LAST_CHECKPOINT)[4] == 1

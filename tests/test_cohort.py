@@ -1,27 +1,205 @@
 import itertools
 import json
+import os
+import threading
+import time
+import warnings
 
-import nibabel as nib
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import COLUMNS, names, touch
-from test_patients import volumesOf
 
 import cohort
 import config
 import patients
+from conftest import COLUMNS, drawCases, names, namesNewer, save, touch, volumesOf, writeLayout
+from damage import BAD, SUSPICIOUS, remove
+
+SHAPE = (12, 13, 14)
 
 
-def listOf(ids, seg=True):
-    rows = {patient: [f'{patient}_{column}.nii' for column in COLUMNS] for patient in ids}
-    table = pd.DataFrame.from_dict(rows, orient='index', columns=COLUMNS)
-    return table if seg else table.assign(seg=None)
+def listOf(numPatients):
+    """Return the file list of patients of 2021 whose files do not exist."""
+    rows = {f'BraTS2021_{i:05d}': [f'BraTS2021_{i:05d}_{column}.nii' for column in COLUMNS] for i in range(numPatients)}
+    return pd.DataFrame.from_dict(rows, orient='index', columns=COLUMNS)
+
+
+def listEmptyFiles(folder, *ids):
+    """Create empty files of patients and return their file list."""
+    for patient in ids:
+        touch(folder, *(namesNewer(patient) if '-GLI-' in patient or '-SSA-' in patient else names(patient)))
+    return patients.makeFileList(folder)
+
+
+@pytest.mark.parametrize('workers', [1, 3, -1])
+def test_forEachPatient_keepsTheOrder(workers):
+    """Results come in the order of the file list, whatever the time that each takes; -1 means every core."""
+    config.PREPROCESS_WORKERS = workers
+    delays = np.random.default_rng(0).uniform(0, 0.004, 60)
+    df = pd.DataFrame({'number': range(60)}, [f'P{i}' for i in range(60)])
+
+    def work(paths):
+        time.sleep(delays[paths['number']])
+        return paths.name
+
+    assert list(cohort.forEachPatient(work, df, 'test')) == list(df.index)
+    assert list(cohort.forEachPatient(work, df[:0], 'test')) == []
+
+
+def test_forEachPatient_worksInThreadsOfThisProcess():
+    """Two patients are worked on at once, by a function that cannot be sent to another process."""
+    config.PREPROCESS_WORKERS = 2
+    meeting = threading.Barrier(2, timeout=20)
+
+    def work(paths):
+        meeting.wait()  # returns only if another thread is here at the same time
+        return os.getpid()
+
+    assert list(cohort.forEachPatient(work, listOf(6), 'test')) == [os.getpid()] * 6
+
+
+def test_forEachPatient_followsTheBackendOfJoblib():
+    """Under joblib.parallel_config another backend does the work: the sequential one, in the caller's thread."""
+    with joblib.parallel_config(backend='sequential'):
+        threads = list(cohort.forEachPatient(lambda paths: threading.get_ident(), listOf(3), 'test'))
+    assert threads == [threading.get_ident()] * 3
+
+
+def test_forEachPatient_raisesTheErrorOfAPatient():
+    """An error that the function raises reaches the caller as it is, and the patients of later blocks are not begun."""
+    config.PREPROCESS_WORKERS, begun = 2, []
+
+    def work(paths):
+        begun.append(paths.name)
+        if paths.name == 'BraTS2021_00005':
+            raise KeyError('five')
+
+    with pytest.raises(KeyError, match='five'):
+        list(cohort.forEachPatient(work, listOf(100), 'test'))
+    assert len(begun) <= 16
+
+
+def test_forEachPatient_isAtMostABlockAhead():
+    """However slow the caller, no more results are ready than 8 for each worker: memory does not grow with patients."""
+    config.PREPROCESS_WORKERS, begun = 2, []
+    for taken, _ in enumerate(cohort.forEachPatient(lambda paths: begun.append(paths.name), listOf(50), 'test')):
+        time.sleep(0.01)  # time enough for the workers to begin all 50
+        assert taken < len(begun) <= taken + 16
+    assert len(begun) == 50
+
+
+def test_forEachPatient_endsWhenTheCallerStops():
+    """A generator that is closed early begins no more patients, warns of nothing and leaves no thread."""
+    config.PREPROCESS_WORKERS, begun = 2, []
+
+    def work(paths):
+        begun.append(paths.name)
+        time.sleep(0.01)
+
+    list(cohort.forEachPatient(work, listOf(1), 'test'))  # starts the threads that stay, such as tqdm's
+    numThreads = threading.active_count()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        results = cohort.forEachPatient(work, listOf(50), 'test')
+        next(results)
+        results.close()
+    numBegun, end = len(begun), time.monotonic() + 10
+    while threading.active_count() > numThreads and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threading.active_count() <= numThreads
+    assert len(begun) <= numBegun + 2 and not caught
+
+
+@pytest.fixture
+def writeCohort(tmp_path):
+    """Return a function that writes two patients, damages the second one, and returns the file list."""
+
+    def write(damage=lambda home, stem: None, patient='BraTS20_Training_{:03d}', folder='data'):
+        for number in (1, 2):
+            generator = np.random.default_rng(number)
+            name = patient.format(number)
+            for column in COLUMNS:
+                volume = np.zeros(SHAPE, np.int16)
+                volume[2:10, 2:10, 2:10] = generator.integers(20, 900, (8, 8, 8))
+                if column == 'seg':
+                    volume = (volume > 700).astype(np.uint8) * 4
+                save(volume, tmp_path / folder / name / f'{name}_{column}.nii.gz')
+        damage(tmp_path / folder / name, name)
+        return patients.makeFileList(tmp_path)
+
+    return write
+
+
+@pytest.mark.parametrize('kind', [*BAD, *SUSPICIOUS])
+def test_checkFiles_findsEachKindOfBadInput(writeCohort, kind):
+    """One patient of two is damaged: every finding is that patient's, one names the file and says what is wrong."""
+    column, words, damage = (BAD | SUSPICIOUS)[kind]
+    table = cohort.checkFiles(writeCohort(damage))
+    assert list(table.columns) == ['patient', 'file', 'finding'] and set(table['patient']) == {'BraTS20_Training_002'}
+    file = column if kind == 'missing modality' else f'BraTS20_Training_002_{column}.nii.gz'
+    assert table.loc[table['file'] == file, 'finding'].str.contains(words).any(), table['finding'].tolist()
+
+
+def test_checkFiles_isEmptyIfAllIsWell(writeCohort):
+    """Two good patients, and then one of them without a segmentation, have no row but the columns."""
+    table = cohort.checkFiles(writeCohort())
+    assert len(table) == 0 and list(table.columns) == ['patient', 'file', 'finding']
+    assert len(cohort.checkFiles(writeCohort(remove('seg')))) == 0
+
+
+def test_checkFiles_agreesWithReadCase(writeCohort):
+    """readCase refuses each kind of bad patient, naming it, and reads each kind of suspicious one."""
+    for number, (kind, (_, _, damage)) in enumerate((BAD | SUSPICIOUS).items()):
+        df = writeCohort(damage, patient=f'BraTS20_Training_{number}{{:03d}}', folder=str(number))
+        paths = df.loc[f'BraTS20_Training_{number}002']
+        if kind in SUSPICIOUS:
+            patients.readCase(paths)
+        else:
+            with pytest.raises((ValueError, FileNotFoundError), match=paths.name):
+                patients.readCase(paths)
+
+
+def test_checkFiles_countsTheCavity(tmp_path):
+    """The voxels of label 4 of 2024 are counted, patient by patient."""
+    config.EDITION = 'BraTS2024'
+    name = 'BraTS-GLI-00001-100'
+    for end in ('t1c', 't2w', 't2f'):
+        save(np.random.default_rng(len(end)).normal(size=SHAPE), tmp_path / name / f'{name}-{end}.nii.gz')
+    label = np.zeros(SHAPE, np.uint8)
+    label[0, 0, :5], label[1, 1, :7] = 4, 3
+    save(label, tmp_path / name / f'{name}-seg.nii.gz')
+    table = cohort.checkFiles(patients.makeFileList(tmp_path))
+    expected = '5 voxels of resection cavity (label 4) count as background'
+    assert table.loc[table['file'].str.contains('seg'), 'finding'].tolist() == [expected]
+
+
+def test_checkFiles_findsOtherNeoplasms(tmp_path):
+    """A patient below 51_OtherNeoplasms is in the file list, with a finding that it is not a glioma."""
+    name = 'BraTS-SSA-00001-000'
+    for end in ('t1c', 't2w', 't2f'):
+        volume = np.random.default_rng(len(end)).normal(size=SHAPE)
+        save(volume, tmp_path / '51_OtherNeoplasms' / name / f'{name}-{end}.nii.gz')
+    table = cohort.checkFiles(patients.makeFileList(tmp_path))
+    assert table['finding'].str.contains('not a glioma').sum() == 1
+
+
+def test_checkFiles_readsTheDecathlon(tmp_path):
+    """Good 4-D patients have no finding; a file that is gone, or an unknown name, has one."""
+    cases = drawCases(2, 0)
+    writeLayout('Decathlon', tmp_path, [(image, classes.clip(1)) for image, classes in cases])
+    df = patients.makeFileList(tmp_path)
+    assert len(cohort.checkFiles(df)) == 0
+    df.loc['BRATS_002', 'seg'] = str(tmp_path / 'gone.nii.gz')
+    table = cohort.checkFiles(df)
+    assert table.values.tolist() == [['BRATS_002', 'gone.nii.gz', 'does not exist.']]
+    unknown = pd.DataFrame({name: f'Smith_{name}.nii' for name in COLUMNS}, index=['Smith'])
+    assert 'the edition cannot be detected' in cohort.checkFiles(unknown)['finding'].item()
 
 
 def test_split_isAPartitionBySeed():
-    """Every annotated patient is in one set; the same seed gives the same sets, another seed others."""
-    table = listOf([f'BraTS2021_{number:05d}' for number in range(40)])
+    """Every patient is in one set; the same seed gives the same sets in any order of rows, another seed others."""
+    table = listOf(40)
     sets = cohort.split(table)
     assert [len(part) for part in sets] == [28, 6, 6]
     assert sorted(itertools.chain(*(part.index for part in sets))) == list(table.index)
@@ -34,12 +212,12 @@ def test_split_isAPartitionBySeed():
 @pytest.mark.parametrize('number', range(3, 12))
 def test_split_leavesNoSetEmptyFromThreePatientsOn(number):
     """However few the patients, each of the three sets has one."""
-    assert all(len(part) for part in cohort.split(listOf([f'BraTS2021_{i:05d}' for i in range(number)])))
+    assert all(len(part) for part in cohort.split(listOf(number)))
 
 
-def test_split_countsThoseWithoutSegmentation(capsys):
-    """Patients without a seg, None or NaN, are in no set, and their number is printed."""
-    table = listOf([f'BraTS2021_{number:05d}' for number in range(6)])
+def test_split_countsPatientsWithoutSegmentation(capsys):
+    """Patients without a segmentation, None or NaN, are in no set, and their number is printed."""
+    table = listOf(6)
     table.loc['BraTS2021_00001', 'seg'] = None
     table.loc['BraTS2021_00004', 'seg'] = np.nan
     sets = cohort.split(table)
@@ -52,88 +230,59 @@ def test_split_countsThoseWithoutSegmentation(capsys):
 def test_split_keepsTheMixOfGrades(tmp_path):
     """With 30 HGG and 10 LGG in name_mapping.csv every set has three HGG to one LGG."""
     ids = [f'BraTS20_Training_{number:03d}' for number in range(40)]
-    for patient in ids:
-        touch(tmp_path, *names(patient))
-    grades = ['HGG'] * 30 + ['LGG'] * 10
-    pd.DataFrame({'Grade': grades, 'BraTS_2020_subject_ID': ids}).to_csv(tmp_path / 'name_mapping.csv', index=False)
+    expected = ['HGG'] * 30 + ['LGG'] * 10
+    pd.DataFrame({'Grade': expected, 'BraTS_2020_subject_ID': ids}).to_csv(tmp_path / 'name_mapping.csv', index=False)
     config.VAL_FRACTION = config.TEST_FRACTION = 0.2
-    table = patients.makeFileList(tmp_path)
-    told = cohort.readGrades(table)
-    assert list(told) == grades
-    assert [told[part.index].value_counts().to_dict() for part in cohort.split(table)] == [
-        {'HGG': 18, 'LGG': 6},
-        {'HGG': 6, 'LGG': 2},
-        {'HGG': 6, 'LGG': 2},
-    ]
+    table = listEmptyFiles(tmp_path, *ids)
+    grades = cohort.readGrades(table)
+    assert list(grades) == expected
+    counts = [grades[part.index].value_counts().to_dict() for part in cohort.split(table)]
+    assert counts == [{'HGG': 18, 'LGG': 6}, {'HGG': 6, 'LGG': 2}, {'HGG': 6, 'LGG': 2}]
 
 
-def namesNewer(patient):
-    return [f'{patient}/{patient}-{end}.nii.gz' for end in ('t1n', 't1c', 't2w', 't2f', 'seg')]
-
-
-def listNewer(tmp_path, *ids):
-    for patient in ids:
-        touch(tmp_path, *(namesNewer(patient) if '-GLI-' in patient else names(patient)))
-    return patients.makeFileList(tmp_path)
+def test_split_takesItsFractionsFromConfig():
+    """VAL_FRACTION is the second set's, TEST_FRACTION the third's; fractions that leave no subject are refused."""
+    config.VAL_FRACTION, config.TEST_FRACTION = 0.1, 0.3
+    assert [len(part) for part in cohort.split(listOf(20))] == [12, 2, 6]
+    config.VAL_FRACTION = 0.7
+    with pytest.raises(ValueError, match=r'take 14 \+ 6 of 20 subjects: none is left to train'):
+        cohort.split(listOf(20))
 
 
 def test_split_keepsTimePointsTogether(tmp_path):
-    """Three scans of each of ten persons: no person is in two sets, for any seed."""
-    table = listNewer(tmp_path, *(f'BraTS-GLI-{i:05d}-{t:03d}' for i in range(10) for t in range(3)))
+    """Three scans of each of ten subjects: no subject is in two sets, for any seed."""
+    table = listEmptyFiles(tmp_path, *(f'BraTS-GLI-{i:05d}-{t:03d}' for i in range(10) for t in range(3)))
     for config.SEED in range(5):
         sets = [{patient[:15] for patient in part.index} for part in cohort.split(table)]
         assert [len(part) for part in sets] == [6, 2, 2] and len(set.union(*sets)) == 10
 
 
-def test_tellPersons_knowsNamesOfSeveralYears(tmp_path):
-    """A row of a published table links two names; without one, equal numbers of 2021 and 2023 do."""
-    table = listNewer(
-        tmp_path, 'BraTS20_Training_001', 'BraTS19_X_1', 'BraTS2021_00007', 'BraTS-GLI-00007-000', 'BraTS-GLI-00008-000'
-    )
-    csv = pd.DataFrame(
-        {'Grade': ['LGG'], 'BraTS_2019_subject_ID': ['BraTS19_X_1'], 'BraTS_2020_subject_ID': ['BraTS20_Training_001']}
-    )
-    csv.to_csv(tmp_path / 'name_mapping.csv', index=False)
-    persons = cohort.tellPersons(table)
-    assert persons.to_dict() == {
-        'BraTS-GLI-00007-000': 'BraTS-GLI-00007-000',
-        'BraTS2021_00007': 'BraTS-GLI-00007-000',
-        'BraTS-GLI-00008-000': 'BraTS-GLI-00008-000',
-        'BraTS19_X_1': 'BraTS19_X_1',
-        'BraTS20_Training_001': 'BraTS19_X_1',
-    }
-    mapping = pd.DataFrame({'BraTS2023': ['BraTS-GLI-00008-000'], 'BraTS2021': ['BraTS2021_00007'], 'Site': ['X']})
-    mapping.to_excel(tmp_path / 'BraTS2023_2017_GLI_Mapping.xlsx', index=False)
-    persons = cohort.tellPersons(table)
-    assert persons['BraTS2021_00007'] == persons['BraTS-GLI-00008-000'] != persons['BraTS-GLI-00007-000']
-
-
-def test_split_saysWhomItKeepsTogether(tmp_path, capsys):
-    """Suspected twins are named and stay in one set; what nothing can tell is said."""
-    table = listNewer(tmp_path, *(f'BraTS2021_{i:05d}' for i in range(9)), 'BraTS-GLI-00004-000')
+def test_split_printsWhichPatientsItKeepsTogether(tmp_path, capsys):
+    """Two ids that may be one subject's are named and stay in one set; what no table can show is printed, too."""
+    table = listEmptyFiles(tmp_path, *(f'BraTS2021_{i:05d}' for i in range(9)), 'BraTS-GLI-00004-000')
     sets = cohort.split(table)
     assert any({'BraTS2021_00004', 'BraTS-GLI-00004-000'} <= set(part.index) for part in sets)
     assert 'BraTS-GLI-00004-000 = BraTS2021_00004' in capsys.readouterr().out
     touch(tmp_path, 'imagesTr/BRATS_001.nii.gz', 'labelsTr/BRATS_001.nii.gz')
     cohort.split(patients.makeFileList(tmp_path))
-    assert 'Decathlon and BraTS 2024 may hold persons of other editions' in capsys.readouterr().out
+    assert 'Decathlon and BraTS 2024 may hold subjects of other editions' in capsys.readouterr().out
 
 
-def test_splitFolds_testsEachPatientOnce(tmp_path):
-    """Five folds of 23 patients: tests of 4 or 5, together everyone, never a patient in both parts."""
-    table = listOf([f'BraTS2021_{number:05d}' for number in range(23)])
+def test_splitFolds_testsEachPatientOnce():
+    """Five folds of 23 patients: tests of 4 or 5, together everyone, never a patient in both parts; k is checked."""
+    table = listOf(23)
     folds = cohort.splitFolds(table, 5)
     assert sorted(len(test) for _, test in folds) == [4, 4, 5, 5, 5]
     assert sorted(itertools.chain(*(test.index for _, test in folds))) == list(table.index)
     assert all(len(train) + len(test) == 23 and not set(train.index) & set(test.index) for train, test in folds)
     for k in (1, 24):
-        with pytest.raises(ValueError, match=f'{k} folds were asked for; 2 to 23'):
+        with pytest.raises(ValueError, match=f'k is {k}; 2 to 23, the number of subjects'):
             cohort.splitFolds(table, k)
 
 
-def test_readSplit_givesBackWhatWasWritten(tmp_path):
+def test_readSplit_returnsWhatWasWritten(tmp_path):
     """A split written to JSON and read again is the same; the file holds ids by set."""
-    table = listOf([f'BraTS2021_{number:05d}' for number in range(10)])
+    table = listOf(10)
     sets = cohort.split(table)
     cohort.writeSplit(sets, tmp_path / 'split.json')
     assert json.loads((tmp_path / 'split.json').read_text())['val'] == list(sets[1].index)
@@ -141,103 +290,110 @@ def test_readSplit_givesBackWhatWasWritten(tmp_path):
     assert all(one.equals(other) for one, other in zip(sets, again, strict=True))
 
 
-def test_readSplit_refusesAndWarnsByName(tmp_path, capsys):
-    """A patient in two sets or unknown is refused, a person under two names in two sets warned of, others counted."""
-    table = listNewer(tmp_path, *(f'BraTS2021_{i:05d}' for i in range(4)), 'BraTS-GLI-00002-000')
+FIRST, SECOND = 'BraTS2021_00000', 'BraTS2021_00001'
 
-    def read(**sets):
-        (tmp_path / 'split.json').write_text(json.dumps(sets))
-        return cohort.readSplit(tmp_path / 'split.json', table)
 
-    first = 'BraTS2021_00001'
-    with pytest.raises(ValueError, match=rf"in two sets: \['{first}'\]; not in the file list: \['Smith'\]"):
-        read(train=[first], val=[first], test=['Smith'])
-    with pytest.raises(ValueError, match='the sets train, val, test were expected'):
-        read(train=[first])
-    with pytest.warns(UserWarning, match='BraTS-GLI-00002-000 = BraTS2021_00002'):
-        read(train=['BraTS2021_00002'], val=[first], test=['BraTS-GLI-00002-000'])
+@pytest.mark.parametrize(
+    ('sets', 'words'),
+    [
+        ({'train': ['Smith'], 'val': [], 'test': []}, r"in two sets: none; not in the file list: \['Smith'\]"),
+        ({'train': [FIRST], 'val': [FIRST], 'test': []}, rf"in two sets: \['{FIRST}'\]; not in the file list: none"),
+        ({'train': [], 'val': [], 'test': [], 'more': []}, 'the sets train, val, test were expected'),
+        ({'train': [FIRST]}, 'the sets train, val, test were expected'),
+        ([FIRST], 'the sets train, val, test were expected'),
+    ],
+)
+def test_readSplit_refusesEachFault(tmp_path, sets, words):
+    """An unknown patient, one in two sets, a set too many or too few, and a list are refused, each by itself."""
+    (tmp_path / 'split.json').write_text(json.dumps(sets))
+    with pytest.raises(ValueError, match=words):
+        cohort.readSplit(tmp_path / 'split.json', listOf(2))
+
+
+def test_readSplit_warnsOfASubjectInTwoSets(tmp_path, capsys):
+    """A subject under two names in two sets is named in a warning; patients in no set are counted."""
+    table = listEmptyFiles(tmp_path, *(f'BraTS2021_{i:05d}' for i in range(4)), 'BraTS-GLI-00002-000')
+    sets = {'train': ['BraTS2021_00002'], 'val': [FIRST], 'test': ['BraTS-GLI-00002-000']}
+    (tmp_path / 'split.json').write_text(json.dumps(sets))
+    with pytest.warns(UserWarning, match='BraTS-GLI-00002-000 = BraTS2021_00002') as caught:
+        cohort.readSplit(tmp_path / 'split.json', table)
+    assert caught[0].filename == __file__  # the caller's line, not one of cohort.py
     assert '2 of 5 patients are in no set' in capsys.readouterr().out
 
 
-def test_describeCohort_measuresVolumes(tmp_path):
-    """Ten voxels of 2 x 1 x 3 mm of label 4 are 0.06 ml of enhancing tumor; without a seg the volume is NaN."""
-    label = np.zeros((4, 5, 6), np.uint8)
-    label[0, :, :2] = 4
-    for patient in ('BraTS19_A_1', 'BraTS19_B_1'):
-        for column in COLUMNS[: 5 if patient == 'BraTS19_A_1' else 4]:
-            file = tmp_path / 'LGG' / patient / f'{patient}_{column}.nii.gz'
-            file.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(label, np.diag([2, 1, 3, 1])), file)
-    table = cohort.describeCohort(patients.makeFileList(tmp_path))
-    assert list(table.columns) == ['edition', 'grade', 'person', 'necrotic core', 'edema', 'enhancing tumor']
-    assert table.iloc[0].tolist() == ['BraTS2019', 'LGG', 'BraTS19_A_1', 0, 0, pytest.approx(0.06)]
-    assert table.iloc[1, 3:].isna().all()
-
-
-def test_split_keepsTimePointsOfAfricaAndOfNamedPatientsTogether(tmp_path):
-    """Time points stay together where no number tells it: African scans, and patients that a table of names has."""
-    ids = [f'BraTS-{kind}-{i:05d}-{t:03d}' for kind in ('SSA', 'GLI') for i in range(5) for t in range(2)]
-    for patient in ids:
-        touch(tmp_path, *(f'{patient}/{patient}-{end}.nii.gz' for end in ('t1n', 't1c', 't2w', 't2f', 'seg')))
-    pd.DataFrame({'BraTS2023': ids, 'Site': range(20)}).to_excel(tmp_path / 'BraTS2023_Mapping.xlsx', index=False)
-    persons = cohort.tellPersons(patients.makeFileList(tmp_path))
-    assert persons.groupby(persons).size().tolist() == [2] * 10
-
-
-def test_tellPersons_chainsLinks(tmp_path):
-    """Two groups that a third name links are one person, whatever the order in which the links are met."""
-    table = listNewer(tmp_path, 'BraTS19_A_1', 'BraTS19_B_1', 'BraTS20_Training_001')
-    rows = [('BraTS19_A_1', 'BraTS20_Training_001'), ('BraTS19_B_1', 'BraTS20_Training_001')]
-    pd.DataFrame(rows, columns=['one', 'other']).to_csv(tmp_path / 'name_mapping_x.csv', index=False)
-    assert cohort.tellPersons(table).nunique() == 1
-
-
-def test_tellPersons_readsATableThatNamesPatientsWithoutTime(tmp_path):
-    """A table that names BraTS-GLI-00007 means all time points of that person."""
-    table = listNewer(tmp_path, 'BraTS2021_00009', 'BraTS-GLI-00007-000')
-    csv = pd.DataFrame({'BraTS2023': ['BraTS-GLI-00007'], 'BraTS2021': ['BraTS2021_00009']})
-    csv.to_csv(tmp_path / 'name_mapping.csv', index=False)
-    assert cohort.tellPersons(table).nunique() == 1
-
-
-def test_split_givesEachSetItsFraction():
-    """VAL_FRACTION is the second set's, TEST_FRACTION the third's; fractions that leave nothing are refused."""
-    table = listOf([f'BraTS2021_{number:05d}' for number in range(20)])
-    config.VAL_FRACTION, config.TEST_FRACTION = 0.1, 0.3
-    assert [len(part) for part in cohort.split(table)] == [12, 2, 6]
-    config.VAL_FRACTION = 0.7
-    with pytest.raises(ValueError, match=r'take 14 \+ 6 of 20 patients: none is left to train'):
-        cohort.split(table)
-
-
-def test_readSplit_refusesEachFaultAlone(tmp_path):
-    """An unknown patient, one in two sets, and a set too many are refused, each by itself."""
-    table = listOf(['BraTS2021_00001', 'BraTS2021_00002'])
-    for sets, words in (
-        ({'train': ['Smith'], 'val': [], 'test': []}, r'in two sets: none; not in the file list: \[.Smith.\]'),
-        ({'train': ['BraTS2021_00001'], 'val': ['BraTS2021_00001'], 'test': []}, r'in two sets: \[.*\]; .*list: none'),
-        ({'train': [], 'val': [], 'test': [], 'more': []}, 'the sets train, val, test were expected'),
-    ):
-        (tmp_path / 's.json').write_text(json.dumps(sets))
-        with pytest.raises(ValueError, match=words):
-            cohort.readSplit(tmp_path / 's.json', table)
-
-
-def test_describeCohort_givesEachClassItsColumn(writeCase):
-    """1, 2 and 3 voxels of 10 mm3 of the labels 1, 2 and 4 stand under their names."""
-    label = np.zeros((4, 5, 6), np.uint8)
-    label[0, 0, 0], label[1, 0, :2], label[2, 0, :3] = 1, 2, 4
-    paths = writeCase(volumesOf(np.ones((3, 4, 5, 6), np.int16), label), affine=np.diag([2, 1, 5, 1]))
-    row = cohort.describeCohort(pd.DataFrame([{'t1': None, **paths}], index=['BraTS20_Training_001'])).iloc[0]
-    assert row[['necrotic core', 'edema', 'enhancing tumor']].tolist() == pytest.approx([0.01, 0.02, 0.03])
-
-
-def test_readGrades_takesATableWithGaps(tmp_path):
+def test_readGrades_acceptsATableWithGaps(tmp_path):
     """A patient without a grade in the table is unknown; a file that is no table is named."""
-    table = listNewer(tmp_path, 'BraTS20_Training_001', 'BraTS20_Training_002')
+    table = listEmptyFiles(tmp_path, 'BraTS20_Training_001', 'BraTS20_Training_002')
     rows = pd.DataFrame({'Grade': ['HGG', None], 'BraTS_2020_subject_ID': list(table.index)})
     rows.to_csv(tmp_path / 'name_mapping.csv', index=False)
     assert list(cohort.readGrades(table)) == ['HGG', 'unknown']
     (tmp_path / 'name_mapping.csv').write_text('')
     with pytest.raises(ValueError, match=r'name_mapping\.csv is not a table of names'):
         cohort.readGrades(table)
+
+
+def test_findSubjects_linksNamesOfSeveralYears(tmp_path):
+    """A row of a published table links two names; without one, equal numbers of 2021 and 2023 do."""
+    first, second, third = 'BraTS2021_00007', 'BraTS-GLI-00007-000', 'BraTS-GLI-00008-000'
+    table = listEmptyFiles(tmp_path, 'BraTS20_Training_001', 'BraTS19_X_1', first, second, third)
+    csv = pd.DataFrame(
+        {'Grade': ['LGG'], 'BraTS_2019_subject_ID': ['BraTS19_X_1'], 'BraTS_2020_subject_ID': ['BraTS20_Training_001']}
+    )
+    csv.to_csv(tmp_path / 'name_mapping.csv', index=False)
+    assert cohort.findSubjects(table).to_dict() == {
+        second: second,
+        first: second,
+        third: third,
+        'BraTS19_X_1': 'BraTS19_X_1',
+        'BraTS20_Training_001': 'BraTS19_X_1',
+    }
+    mapping = pd.DataFrame({'BraTS2023': [third], 'BraTS2021': [first], 'Site': ['X']})
+    mapping.to_excel(tmp_path / 'BraTS2023_2017_GLI_Mapping.xlsx', index=False)
+    subjects = cohort.findSubjects(table)
+    assert subjects[first] == subjects[third] != subjects[second]
+
+
+def test_findSubjects_linksTimePointsOfEveryCohort(tmp_path):
+    """Time points are one subject's where no number links them: African scans, and patients of a table of names."""
+    ids = [f'BraTS-{kind}-{i:05d}-{t:03d}' for kind in ('SSA', 'GLI') for i in range(5) for t in range(2)]
+    pd.DataFrame({'BraTS2023': ids, 'Site': range(20)}).to_excel(tmp_path / 'BraTS2023_Mapping.xlsx', index=False)
+    subjects = cohort.findSubjects(listEmptyFiles(tmp_path, *ids))
+    assert subjects.groupby(subjects).size().tolist() == [2] * 10
+
+
+def test_findSubjects_chainsLinks(tmp_path):
+    """Two names that a third one links are one subject, whatever the order in which the links are read."""
+    table = listEmptyFiles(tmp_path, 'BraTS19_A_1', 'BraTS19_B_1', 'BraTS20_Training_001')
+    rows = [('BraTS19_A_1', 'BraTS20_Training_001'), ('BraTS19_B_1', 'BraTS20_Training_001')]
+    pd.DataFrame(rows, columns=['one', 'other']).to_csv(tmp_path / 'name_mapping_x.csv', index=False)
+    assert cohort.findSubjects(table).nunique() == 1
+
+
+def test_findSubjects_readsTablesOfNamesWithoutTimePoints(tmp_path):
+    """A table that names BraTS-GLI-00007 means all time points of that subject."""
+    table = listEmptyFiles(tmp_path, 'BraTS2021_00009', 'BraTS-GLI-00007-000')
+    csv = pd.DataFrame({'BraTS2023': ['BraTS-GLI-00007'], 'BraTS2021': ['BraTS2021_00009']})
+    csv.to_csv(tmp_path / 'name_mapping.csv', index=False)
+    assert cohort.findSubjects(table).nunique() == 1
+
+
+def test_describeCohort_listsEditionGradeAndSubject(tmp_path):
+    """Patients in a folder LGG are of low grade; without a segmentation the volumes are NaN."""
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[0, :, :2] = 4
+    for patient in ('BraTS19_A_1', 'BraTS19_B_1'):
+        for column in COLUMNS[: 5 if patient == 'BraTS19_A_1' else 4]:
+            save(label, tmp_path / 'LGG' / patient / f'{patient}_{column}.nii.gz', np.diag([2, 1, 3, 1]))
+    table = cohort.describeCohort(patients.makeFileList(tmp_path))
+    assert list(table.columns) == ['edition', 'grade', 'subject', 'necrotic core', 'edema', 'enhancing tumor']
+    assert table.iloc[0].tolist() == ['BraTS2019', 'LGG', 'BraTS19_A_1', 0, 0, pytest.approx(0.06)]
+    assert table.iloc[1, 3:].isna().all()
+
+
+def test_describeCohort_measuresEachClassInItsColumn(writeCase):
+    """1, 2 and 3 voxels of 10 mm3 of the labels 1, 2 and 4 are 0.01, 0.02 and 0.03 ml of the classes' names."""
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[0, 0, 0], label[1, 0, :2], label[2, 0, :3] = 1, 2, 4
+    paths = writeCase(volumesOf(np.ones((3, 4, 5, 6), np.int16), label), affine=np.diag([2, 1, 5, 1]))
+    row = cohort.describeCohort(pd.DataFrame([{'t1': None, **paths}], index=['BraTS20_Training_001'])).iloc[0]
+    assert row[['necrotic core', 'edema', 'enhancing tumor']].tolist() == pytest.approx([0.01, 0.02, 0.03])

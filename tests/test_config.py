@@ -10,8 +10,8 @@ import config
 HOME = Path(config.__file__).parent
 
 
-def test_config_followsWhatIsAssigned():
-    """What is derived follows the value it is derived from, until it is assigned itself."""
+def test_config_derivesValuesFromWhatIsAssigned():
+    """A derived value follows the one it is derived from, until it is assigned itself."""
     config.OUTPUT_FOLDER, config.MODALITIES = 'somewhere', ('t1', 'flair')
     assert config.TRAIN_FILE == 'somewhere/train.h5' and config.BEST_CHECKPOINT == 'somewhere/best.pt'
     assert config.ENCODER_IN_CHANNEL == 2
@@ -27,22 +27,28 @@ def test_config_findsTheFolderInTheEnvironment(tmp_path, monkeypatch):
     assert found.stdout.strip() == str(tmp_path)
 
 
+def test_config_findsAFolderThatIsSetLater(monkeypatch, tmp_path):
+    """BRATS_FOLDER is read each time, so that it may be set after an error."""
+    assert str(tmp_path) != config.DATA_FOLDER
+    monkeypatch.setenv('BRATS_FOLDER', str(tmp_path))
+    assert str(tmp_path) == config.DATA_FOLDER
+
+
 def test_config_importsNothingHeavy():
     """Importing config neither imports torch nor touches a device: loader workers import it."""
     code = 'import config, sys; print("torch" in sys.modules)'
-    assert (
-        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=HOME).stdout.strip() == 'False'
-    )
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=HOME)
+    assert found.stdout.strip() == 'False'
 
 
 def test_config_refusesAnUnknownName():
-    """A name that config does not have is an AttributeError, so a typing error does not pass."""
+    """A name that config does not have is an AttributeError, so a misspelled one is noticed."""
     with pytest.raises(AttributeError, match='BATCH_SIZE'):
         _ = config.BATCH_SIZE
 
 
-def test_config_saysWhatToChooseOnACardWithoutKernels(monkeypatch, capsys):
-    """A card that is there but runs no kernel of this build: the CPU, and the sentence that names the cure."""
+def test_findDevice_recommendsAnotherCardIfThisOneHasNoKernels(monkeypatch, capsys):
+    """A card that is there but runs no kernel of this build: the CPU, and a message that says what to choose."""
 
     def fail(*args, **options):
         raise RuntimeError('CUDA error: no kernel image is available for execution on the device\nmore')
@@ -56,17 +62,10 @@ def test_config_saysWhatToChooseOnACardWithoutKernels(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(('cuda', 'mps', 'device'), [(False, True, 'mps'), (False, False, 'cpu'), (True, True, 'cuda')])
-def test_config_findsTheDeviceByTryingIt(monkeypatch, cuda, mps, device):
+def test_findDevice_triesCudaThenMpsThenCpu(monkeypatch, cuda, mps, device):
     """A card that computes comes first, then Apple's mps, then the CPU; the name is a string."""
     ones = torch.ones
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
     monkeypatch.setattr(torch, 'ones', lambda *size, device: ones(*size))
     assert config._findDevice.__wrapped__() == device
-
-
-def test_config_takesAFolderThatIsSetLater(monkeypatch, tmp_path):
-    """The error says to set BRATS_FOLDER; set after a first look, it is taken."""
-    assert str(tmp_path) != config.DATA_FOLDER
-    monkeypatch.setenv('BRATS_FOLDER', str(tmp_path))
-    assert str(tmp_path) == config.DATA_FOLDER

@@ -1,4 +1,4 @@
-"""A real process, killed at random moments and started again, ends as one that was never killed."""
+"""Kill a script at random moments, start it again, and compare its results with those of an uninterrupted run."""
 
 import os
 import random
@@ -19,24 +19,24 @@ import phantom
 import preprocess
 import utils
 
-NO_KILLS = int(os.environ.get('NO_KILLS', 4))  # of each way; a long campaign sets more
+NUM_KILLS = int(os.environ.get('NUM_KILLS', 4))  # of each variant; set more to search longer
 EPOCHS = 3
 
 
 def runScript(data, folder, workers, isBatched):
-    """A user's script, made of the contract's calls alone."""
+    """Run what a user's script runs: the notebook's calls alone."""
     torch.set_num_threads(1)
     config.DATA_FOLDER, config.OUTPUT_FOLDER, config.DEVICE = str(data), str(folder), 'cpu'
     config.PATCH_SIZE, config.PATCH_STRIDE, config.BATCHSIZE = 32, 24, 8
     torch.manual_seed(0)
     traindf, valdf, testdf = utils.split(utils.makeFileList())
-    noTrain = preprocess.makeDataset(dataframe=traindf, filename=config.TRAIN_FILE)
-    noVal = preprocess.makeDataset(dataframe=valdf, filename=config.VAL_FILE)
+    numTrain = preprocess.makeDataset(dataframe=traindf, filename=config.TRAIN_FILE)
+    numVal = preprocess.makeDataset(dataframe=valdf, filename=config.VAL_FILE)
     trainTransform, valTransform, testTransform = preprocess.makeTransforms()
     augment = batched.Batched(trainTransform) if isBatched else None
-    trainSet = utils.BRATSDataset(config.TRAIN_FILE, noTrain, None if isBatched else trainTransform)
-    valSet = utils.BRATSDataset(config.VAL_FILE, noVal, valTransform)
-    context = 'fork' if workers else None  # else they start as this process did, and import everything
+    trainSet = utils.BRATSDataset(config.TRAIN_FILE, numTrain, None if isBatched else trainTransform)
+    valSet = utils.BRATSDataset(config.VAL_FILE, numVal, valTransform)
+    context = 'fork' if workers else None  # otherwise each worker would import everything anew
     options = {'batch_size': config.BATCHSIZE, 'num_workers': workers, 'multiprocessing_context': context}
     trainLoader = torch.utils.data.DataLoader(trainSet, shuffle=True, **options)
     valLoader = torch.utils.data.DataLoader(valSet, **options)
@@ -45,14 +45,14 @@ def runScript(data, folder, workers, isBatched):
     criterion, scaler = torch.nn.CrossEntropyLoss(), torch.amp.GradScaler('cuda', enabled=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
-    model, optimizer, scheduler, scaler, epoch, trainLoss, valLoss, best = utils.loadCheckpoint(
+    model, optimizer, scheduler, scaler, startEpoch, trainLoss, valLoss, best = utils.loadCheckpoint(
         model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT
     )
-    for number in range(epoch, EPOCHS):
-        trainLoss = engine.train(model, criterion, optimizer, scaler, trainLoader, transform=augment) / noTrain
-        valLoss = engine.validate(model, criterion, valLoader) / noVal
+    for epoch in range(startEpoch, EPOCHS):
+        trainLoss = engine.train(model, criterion, optimizer, scaler, trainLoader, transform=augment) / numTrain
+        valLoss = engine.validate(model, criterion, valLoader) / numVal
         scheduler.step(valLoss)
-        best = utils.makeCheckpoint(number, model, optimizer, scheduler, scaler, trainLoss, valLoss, best)
+        best = utils.makeCheckpoint(epoch, model, optimizer, scheduler, scaler, trainLoss, valLoss, best)
     for patient, paths in testdf.iterrows():
         x, y, yhat = engine.predict(paths, model, transform=testTransform, patchStride=24, device='cpu')
         utils.saveSegmentation(yhat, paths, folder / f'{patient}.nii.gz')
@@ -60,7 +60,8 @@ def runScript(data, folder, workers, isBatched):
 
 
 def start(*arguments):
-    context = get_context('forkserver')  # imports once, and forks a process that has done nothing yet for each run
+    """Start `runScript` in a process of its own."""
+    context = get_context('forkserver')  # imports once, then forks a fresh process for each run
     context.set_forkserver_preload(['batched', 'engine', 'phantom', 'preprocess', 'utils'])
     process = context.Process(target=runScript, args=arguments)
     process.start()
@@ -68,11 +69,11 @@ def start(*arguments):
 
 
 def assertWhole(folder):
-    """Every file that stands under its name can be read to its end."""
+    """Assert that every file under its final name can be read to its end."""
     for file in folder.iterdir():
         if file.suffix == '.h5':
             with h5py.File(file) as patches:
-                assert preprocess._countSound(patches) > 0
+                assert preprocess._verifyChecksums(patches) > 0
         elif file.suffix == '.pt':
             assert torch.load(file, weights_only=True)['nextEpoch'] > 0
         elif file.suffix == '.gz':
@@ -84,7 +85,7 @@ def assertWhole(folder):
 
 
 def isSame(found, expected):
-    """To the bit, at any depth."""
+    """Return whether two nested values are equal, tensors bit for bit."""
     if isinstance(expected, torch.Tensor):
         return torch.equal(found, expected)
     if isinstance(expected, dict):
@@ -102,24 +103,24 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize(('workers', 'isBatched'), [(0, True), (0, False), (2, True), (2, False)])
-def test_script_killedAtAnyMomentEndsAsIfItHadNotBeen(data, tmp_path, workers, isBatched):
-    """SIGKILL, again and again: what stands is whole, what is lost is the epoch begun, what comes out is the same."""
+def test_script_killedAtAnyMomentEndsLikeAnUninterruptedRun(data, tmp_path, workers, isBatched):
+    """After each SIGKILL all files are whole; the final weights, segmentation and GIF equal the uninterrupted run's."""
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     begin = time.monotonic()
     process = start(data, whole, workers, isBatched)
     process.join()
     assert process.exitcode == 0
-    seconds, generator, noKilled = time.monotonic() - begin, random.Random(0), 0
-    while noKilled < NO_KILLS:
+    seconds, generator, numKilled = time.monotonic() - begin, random.Random(0), 0
+    while numKilled < NUM_KILLS:
         process = start(data, killed, workers, isBatched)
         process.join(generator.uniform(0, seconds))
         if process.exitcode is None:
             process.kill()
             process.join()
-            noKilled += 1
+            numKilled += 1
         if killed.is_dir():
             assertWhole(killed)
-            if (killed / 'last.pt').exists() and generator.random() < 0.3:  # go through all of it again
+            if (killed / 'last.pt').exists() and generator.random() < 0.3:  # now and then start anew
                 for file in killed.iterdir():
                     file.unlink()
     process = start(data, killed, workers, isBatched)
@@ -128,8 +129,10 @@ def test_script_killedAtAnyMomentEndsAsIfItHadNotBeen(data, tmp_path, workers, i
     assert sorted(file.name for file in killed.iterdir()) == sorted(file.name for file in whole.iterdir())
     for name in ('last.pt', 'best.pt'):
         expected, found = (torch.load(folder / name, weights_only=True) for folder in (whole, killed))
-        for checkpoint in (found, expected):  # the script seeds torch alone, which alone it draws from
+        for checkpoint in (found, expected):  # the script seeds and uses torch's generator only
             del checkpoint['random']['python'], checkpoint['random']['numpy']
         assert [part for part in expected if not isSame(found[part], expected[part])] == []
-    for file in whole.glob('*.[gn]i*'):  # segmentation and GIF
+    results = [file for file in whole.iterdir() if file.suffix in ('.gz', '.gif')]
+    assert len(results) == 2
+    for file in results:
         assert file.read_bytes() == (killed / file.name).read_bytes(), file.name

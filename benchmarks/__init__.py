@@ -1,0 +1,1 @@
+"""Measure this package against naive baselines and well-known packages."""

@@ -1,0 +1,226 @@
+"""Score segmentations: one patient, many patients, or the voxels of all patients."""
+
+import warnings
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+import config
+from metrics.counts import asPair, asSpacing, asVolumes, boundingBox, confusionMatrix, countsFromConfusion
+from metrics.distances import hausdorff95
+
+_BATCH = 100  # bootstrap resamples drawn at once; bounds the memory
+
+
+def computeMetrics(TP, FP, FN, TN):
+    """Print and return the micro average of the scores of the three tumor classes.
+
+    A micro average pools the voxels of all patients, as if they were one patient. A patient with a large tumor weighs
+    more than one with a small tumor, and Dice = 2 P R / (P + R), IoU = Dice / (2 - Dice) always hold.
+
+    Args:
+        TP, FP, FN, TN: voxels of each class, shape (4,), tensors or arrays of whole numbers. Class 0 is counted but not
+            reported.
+
+    Returns:
+        DataFrame with the rows of the classes 1 to 3 and the columns `Precision`, `Recall`, `Accuracy`, `IoU score`,
+        `DICE score`, 0 to 1. A score of 0 / 0, such as the recall of a class that no patient has, is NaN.
+
+    Raises:
+        ValueError: if a shape differs, or a count is negative.
+    """
+    counts = [np.asarray(count, dtype=float) for count in (TP, FP, FN, TN)]
+    for name, count in zip(('TP', 'FP', 'FN', 'TN'), counts, strict=True):
+        if count.shape != (config.NO_CLASSES,) or (count < 0).any():
+            raise ValueError(f'{name} is {count}; {config.NO_CLASSES} counts were expected, one per class.')
+    scores = {name: score[1:] for name, score in _scoreCounts(*counts).items()}
+    table = pd.DataFrame(scores, index=pd.Index(config.CLASS_NAMES[1:], name='class'))
+    print('Micro average over the voxels of all patients (large tumors weigh more than small ones):')
+    print(table.to_string(float_format='{:.3f}'.format))
+    return table
+
+
+def _scoreCounts(TP, FP, FN, TN):
+    """Return the five scores by name, arrays of the counts' shape; 0 / 0 is NaN."""
+    with np.errstate(invalid='ignore'):
+        return {
+            'Precision': TP / (TP + FP),
+            'Recall': TP / (TP + FN),
+            'Accuracy': (TP + TN) / (TP + FP + FN + TN),
+            'IoU score': TP / (TP + FP + FN),
+            'DICE score': 2 * TP / (2 * TP + FP + FN),
+        }
+
+
+def compareAverages(predictions):
+    """Return the five scores of `computeMetrics` as micro average, and as macro averages over patients and slices.
+
+    The three differ because they weigh differently. In the micro average every voxel weighs the same, so large tumors
+    dominate. In the macro average over patients every patient weighs the same, so small tumors, which are harder, lower
+    the mean. In the macro average over slices every slice weighs the same, so the many slices without a class, in truth
+    and prediction, score 1 and raise the mean.
+
+    Args:
+        predictions: dict of patient to (y, yhat), or an iterable of such pairs. A generator that predicts one patient
+            after the other keeps the memory small: only counts are stored. The first axis of y and yhat is the slice,
+            as in `engine.predict`.
+
+    Returns:
+        DataFrame with the index levels `average` ('micro average (pooled voxels)', 'macro average over patients',
+        'macro average over slices') and `class` (the names of classes 1 to 3), and the columns of `computeMetrics`. In
+        the micro average 0 / 0 is NaN. In the macro averages a patient or slice without the class scores 1 if the
+        prediction has none of it either, else 0.
+
+    Raises:
+        ValueError: if there are no patients, or shapes, dtypes or classes are not as above.
+    """
+    pairs = predictions.values() if hasattr(predictions, 'values') else predictions
+    pooled, sums, numUnits = 0, {'patients': 0, 'slices': 0}, {'patients': 0, 'slices': 0}
+    for y, yhat in pairs:
+        slices = np.stack([confusionMatrix(*pair) for pair in zip(*asVolumes(y, yhat), strict=True)])  # (D, 4, 4)
+        patient = slices.sum(0, keepdims=True)
+        pooled = pooled + patient[0]
+        for unit, matrices in (('patients', patient), ('slices', slices)):
+            sums[unit] = sums[unit] + _scoreUnits(matrices).sum(0)
+            numUnits[unit] += len(matrices)
+    if not numUnits['patients']:
+        raise ValueError('No predictions to score; at least one patient was expected.')
+    micro = _scoreCounts(*countsFromConfusion(pooled))
+    tables = {'micro average (pooled voxels)': micro}
+    for unit in sums:
+        tables[f'macro average over {unit}'] = dict(zip(micro, (sums[unit] / numUnits[unit]).T, strict=True))
+    index = pd.Index(config.CLASS_NAMES, name='class')
+    return pd.concat({name: pd.DataFrame(table, index)[1:] for name, table in tables.items()}, names=['average'])
+
+
+def _scoreUnits(matrices):
+    """Return the five scores (U, 4 classes, 5) of U patients or slices from confusion matrices (U, 4, 4).
+
+    A class that truth and prediction lack scores 1; any other 0 / 0 is 0.
+    """
+    TP, FP, FN, TN = countsFromConfusion(matrices)
+    isEmpty = (TP + FP + FN == 0)[..., None]
+    scores = np.stack(list(_scoreCounts(TP, FP, FN, TN).values()), axis=-1)
+    return np.where(np.isnan(scores), isEmpty, scores)
+
+
+def scorePatient(y, yhat, spacing=(1, 1, 1)):
+    """Score one patient region by region, by the rules of BraTS 2020.
+
+    Args:
+        y, yhat: truth and prediction, tensors or arrays of integers of the same shape (axes in any order), classes 0 to
+            3. The y and yhat of `engine.predict` can be passed as they are.
+        spacing: mm between voxels along each axis of the arrays.
+
+    Returns:
+        DataFrame with the rows `WT`, `TC`, `ET`, `NCR`, `ED` and the columns `dice`, `sensitivity`, `specificity`,
+        `precision` (0 to 1), `hd95` (mm, see `hausdorff95`), `volumeTruth`, `volumePredicted` (ml). No score is NaN.
+        A region empty in truth and prediction has Dice, sensitivity and precision 1 and HD95 0. A region empty in one
+        of them has Dice, sensitivity and precision 0 and HD95 373.12866. A region that fills the volume has
+        specificity 1.
+
+    Raises:
+        ValueError: if shapes, dtypes or classes are not as above, or the spacing does not fit.
+
+    Reference:
+        Bakas et al., arXiv:1811.02629, section on evaluation. The rules for empty regions are those of the challenge's
+        evaluation platform.
+    """
+    y, yhat = asPair(y, yhat)
+    spacing = asSpacing(spacing, y.ndim)
+    ml = float(np.prod(spacing)) / 1000  # of one voxel
+    matrix = confusionMatrix(y, yhat)
+    box = boundingBox(y | yhat)
+    y, yhat = y[box], yhat[box]
+    rows = {}
+    for region, classes in config.REGIONS.items():
+        isIn = np.isin(np.arange(config.NO_CLASSES), classes)
+        TP, FN = matrix[isIn][:, isIn].sum(), matrix[isIn][:, ~isIn].sum()
+        FP, TN = matrix[~isIn][:, isIn].sum(), matrix[~isIn][:, ~isIn].sum()
+        isEmpty = float(TP + FP + FN == 0)
+        rows[region] = {
+            'dice': 2 * TP / (2 * TP + FP + FN) if not isEmpty else 1.0,
+            'sensitivity': TP / (TP + FN) if TP + FN else isEmpty,
+            'specificity': TN / (TN + FP) if TN + FP else 1.0,
+            'precision': TP / (TP + FP) if TP + FP else isEmpty,
+            'hd95': hausdorff95(isIn[y], isIn[yhat], spacing),
+            'volumeTruth': (TP + FN) * ml,
+            'volumePredicted': (TP + FP) * ml,
+        }
+    return pd.DataFrame.from_dict(rows, orient='index').rename_axis('region')
+
+
+def scoreTable(scores):
+    """Return the scores of many patients as one long table.
+
+    Args:
+        scores: dict of patient to the table of `scorePatient`, or to that of `scoreLesions`.
+
+    Returns:
+        DataFrame with one row per patient and region, and the columns `patient`, `region` and those of the tables, in
+        the same units (mm, ml).
+
+    Raises:
+        ValueError: if there are no patients.
+    """
+    if not scores:
+        raise ValueError('No scores; the table of at least one patient was expected.')
+    return pd.concat(dict(scores), names=['patient', 'region']).reset_index()
+
+
+def summarize(table):
+    """Return mean, median, standard deviation and the interval of the mean over patients, per region and score.
+
+    The interval shows how much the mean depends on which patients were scored. It is a percentile bootstrap with
+    `config.BOOTSTRAP_RESAMPLES` resamples at the level `config.CONFIDENCE`, seeded by `config.SEED`. The order of the
+    patients does not matter.
+
+    Args:
+        table: DataFrame returned by `scoreTable`.
+
+    Returns:
+        DataFrame with the index levels `region` and `score` and the columns `mean`, `median`, `std` (n - 1 in the
+        denominator; NaN for one patient), `low`, `high` (the interval), all in the unit of the score (0 to 1, mm, ml),
+        and `patients`. If the table has volumes, `emptyTruth` counts the patients without the region in the truth, and
+        `emptyBoth` those without it in truth and prediction. No patient is left out: a NaN in the table makes the
+        summary of that score NaN.
+
+    Raises:
+        ValueError: if the table has no rows.
+
+    Reference:
+        Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    if table.empty:
+        raise ValueError('The table has no rows; at least one patient was expected.')
+    summaries = {}
+    for region, part in table.groupby('region', sort=False):
+        scores = part.drop(columns=['patient', 'region'])
+        values = np.sort(scores.to_numpy(dtype=float), axis=0)  # (patients, scores)
+        low, high = _bootstrapMean(values)
+        summary = {'mean': values.mean(0), 'median': np.median(values, axis=0)}
+        summary |= {'std': scores.std(skipna=False).to_numpy(), 'low': low, 'high': high, 'patients': len(part)}
+        if 'volumeTruth' in part:
+            isEmpty = part['volumeTruth'] == 0
+            summary |= {'emptyTruth': isEmpty.sum(), 'emptyBoth': (isEmpty & (part['volumePredicted'] == 0)).sum()}
+        summaries[region] = pd.DataFrame(summary, index=scores.columns)
+    return pd.concat(summaries, names=['region', 'score'])
+
+
+def _bootstrapMean(values):
+    """Return the lower and upper end (scores,) of the interval of the mean of values (patients, scores)."""
+    if len(values) == 1:  # scipy needs at least two
+        return values[0], values[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', stats.DegenerateDataWarning)  # of a NaN in the table
+        interval = stats.bootstrap(
+            (values,),
+            np.mean,
+            n_resamples=config.BOOTSTRAP_RESAMPLES,
+            batch=_BATCH,
+            confidence_level=config.CONFIDENCE,
+            method='percentile',
+            random_state=np.random.default_rng(config.SEED),  # scipy 1.13 has no rng=
+        ).confidence_interval
+    return interval.low, interval.high

@@ -1,0 +1,22 @@
+"""Show patients, transforms, predictions and scores as figures and animated GIFs."""
+
+from pictures.calibration import countCalibration, plotCalibration
+from pictures.charts import plotCohort, plotConfusion, plotCurves, plotScores, plotVolumes
+from pictures.gifs import makeGifs
+from pictures.slices import plotCases, plotModalities, plotPrediction, plotSample, plotTransforms
+
+__all__ = [
+    'countCalibration',
+    'makeGifs',
+    'plotCalibration',
+    'plotCases',
+    'plotCohort',
+    'plotConfusion',
+    'plotCurves',
+    'plotModalities',
+    'plotPrediction',
+    'plotSample',
+    'plotScores',
+    'plotTransforms',
+    'plotVolumes',
+]

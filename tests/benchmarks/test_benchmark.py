@@ -1,0 +1,145 @@
+"""One run measures every stage, and prints the tables of the benchmarks' README."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import config
+import phantom
+import preprocess
+import utils
+from benchmarks import benchmark, timing
+
+README = Path(benchmark.__file__).with_name('README.md')
+
+
+@pytest.fixture
+def oneThread():
+    """Let torch use one thread: more are slower for tiny tensors."""
+    numThreads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(numThreads)
+
+
+def _rowsAfter(marker, text):
+    """Return the lines of the markdown table after a marker."""
+    lines = text.split(marker)[1].strip().splitlines()
+    return [line for line in lines[: (lines.index('') if '' in lines else None)] if line]
+
+
+def test_main_measuresEveryStage(tmp_path, monkeypatch, capsys, oneThread):
+    """One run times every method of every stage, writes both tables, and prints them as in the README."""
+    config.ENCODER_NAME, config.ENCODER_DEPTH, config.DECODER_CHANNELS = 'resnet18', 3, (8, 4, 4)
+    config.LOADER_WORKERS = 0
+    measure = timing.measure
+    monkeypatch.setattr(
+        timing, 'measure', lambda stage, methods, numUnits=1, rounds=1: measure(stage, methods, numUnits, 1)
+    )
+    memory = pd.DataFrame({'stage': ['memory of prediction'], 'method': ['predict'], 'GB': [0.5], 'ratio': [1.0]})
+    monkeypatch.setattr(benchmark, 'BATCH', 2)
+    monkeypatch.setattr(benchmark, 'benchMemory', lambda df, folder: memory)  # starts processes
+    table, returned = benchmark.main(1, (48, 40, 16))
+    assert returned is memory
+    stages = ['augmentation', 'loader', 'preprocessing', 'reading', 'training', 'prediction', 'counts', 'HD95']
+    assert [stage for stage in [*stages, 'animated'] if not table.stage.str.startswith(stage).any()] == []
+    measured = table[~table.method.str.contains('batchgenerators|kornia')]  # these two may be missing
+    assert (measured.ms > 0).all() and (measured.ratio > 0).all()
+    assert (table.groupby('stage', sort=False).ratio.first() == 1).all()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / 'output' / 'benchmark.csv'), table)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / 'output' / 'memory.csv'), memory)
+    printed = capsys.readouterr().out
+    assert 'Projected from these phantoms to 369 patients' in printed
+    assert benchmark.formatTable(table) in printed and benchmark.formatTable(memory) in printed
+    # the README's table has the form of what is printed, and no stage that is not measured
+    header, rule, *rows = _rowsAfter('<!-- table -->', README.read_text())
+    assert [header, rule] == benchmark.formatTable(table).splitlines()[:2]
+    assert rows and {row.split('|')[1].strip() for row in rows} <= set(table.stage)
+
+
+def test_benchReading_comparesMemoryWithFile(tmp_path):
+    """Shuffled patches are read from memory and from the file, which takes longer; the configuration stays."""
+    phantom.makeCases(tmp_path / 'data', 1, shape=(48, 40, 16))
+    file = str(tmp_path / 'patches.h5')
+    preprocess.makeDataset(utils.makeFileList(tmp_path / 'data'), file)
+    before = config.CACHE_PATCHES
+    table = benchmark.benchReading(file, numBatches=1)
+    assert table.method.tolist() == ['from memory', 'from the file']
+    assert (table.ms > 0).all() and table.ratio[1] > 1
+    assert before == config.CACHE_PATCHES
+
+
+def test_benchMemory_findsLessThanTheNaiveBaseline(tmp_path, monkeypatch):
+    """Cutting and predicting need memory, and less than half of what the naive baselines need."""
+    phantom.makeCases(tmp_path / 'data', 1, shape=(160, 160, 48))
+    config.PREDICT_BATCH, config.PREPROCESS_WORKERS, config.PATCH_STRIDE = 4, 1, 32
+    config.ENCODER_NAME, config.ENCODER_DEPTH, config.DECODER_CHANNELS = 'resnet18', 3, (16, 16, 16)
+    monkeypatch.setenv('MALLOC_MMAP_THRESHOLD_', '65536')  # released memory goes back at once, so one process suffices
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+        monkeypatch.setattr(benchmark, '_runAnew', lambda *job: pool.submit(*job).result())
+        table = benchmark.benchMemory(utils.makeFileList(tmp_path / 'data'), tmp_path)
+    assert table.columns.tolist() == ['stage', 'method', 'GB', 'ratio']
+    assert table.stage.tolist() == ['memory of preprocessing'] * 2 + ['memory of prediction'] * 2
+    assert table.method.tolist() == ['makeDataset', 'naive baseline', 'predict', 'naive baseline']
+    print(table)
+    assert (table.GB > 0.005).all()
+    assert table.ratio[0] == table.ratio[2] == 1
+    assert (table.ratio[[1, 3]] > 2).all()
+
+
+def test_runAnew_startsAFreshProcess():
+    """Two calls run in two other processes."""
+    assert len({os.getpid(), benchmark._runAnew(os.getpid), benchmark._runAnew(os.getpid)}) == 3
+
+
+def test_formatTable_writesARowPerStage():
+    """Numbers have two digits or more, never a power of ten; the first method is compared with the others."""
+    table = pd.DataFrame(
+        [
+            ('cutting', 'ours', 0.0333, 1.0),
+            ('cutting', 'naive', 12345.6, 49.7),
+            ('cutting', 'other', np.nan, np.nan),
+            ('scores', 'ours', 20.4, 1.0),
+            ('scores', 'other', 9.96, 0.169),
+        ],
+        columns=['stage', 'method', 'ms', 'ratio'],
+    )
+    assert benchmark.formatTable(table) == (
+        '| stage | method, ms | compared with, ms (ratio) |\n'
+        '|---|---|---|\n'
+        '| cutting | ours 0.033 | naive 12346 (50x); other not installed |\n'
+        '| scores | ours 20 | other 10.0 (0.17x) |'
+    )
+
+
+def test_formatTable_namesTheUnitOfMemory():
+    """A table with a column GB is written in GB."""
+    table = pd.DataFrame({'stage': ['a'] * 2, 'method': ['ours', 'naive'], 'GB': [0.8, 4.0], 'ratio': [1.0, 5.0]})
+    assert benchmark.formatTable(table).splitlines()[::2] == [
+        '| stage | method, GB | compared with, GB (ratio) |',
+        '| a | ours 0.80 | naive 4.0 (5.0x) |',
+    ]
+
+
+def test_printProjection_multipliesByTheCohort(capsys):
+    """60 ms a patient are 0.4 minutes for 369; 6 ms a patch are 5.6 minutes for 55,638, and 0.1 MB are 5.6 GB."""
+    ms = pd.Series(
+        {
+            ('preprocessing, per patient', 'makeDataset'): 60.0,
+            ('training step, per patch', 'raw patches, then Batched'): 6.0,
+            ('prediction, per patient', 'predict'): 600.0,
+        }
+    )
+    benchmark._printProjection(ms, 0.1)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        '  patches: 0.4 minutes, 5.6 GB',
+        '  an epoch of training: 5.6 minutes',
+        '  predicting all: 3.7 minutes',
+    ]

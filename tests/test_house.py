@@ -1,0 +1,99 @@
+"""Test that each module stays in its room: what it imports, and how long it and its functions are."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+HOME = Path(__file__).resolve().parent.parent
+
+# Each room and the rooms that it may import, all of which stand above it, so that there is no circle; * is all of them
+ROOMS = {
+    'config': '',
+    'atomic': '',
+    'patients': 'config',
+    'cohort': 'config atomic patients',
+    'transforms': 'config patients',
+    'preprocess': 'config atomic patients cohort transforms',
+    'batched': 'config transforms',
+    'engine': 'config patients transforms',
+    'checkpoints': 'config atomic',
+    'metrics': 'config',
+    'postprocess': 'config atomic patients engine metrics',
+    'pictures': 'config atomic patients transforms metrics',
+    'utils': '*',
+    'phantom': 'config atomic',
+    'benchmarks': '*',
+}
+FAMILIES = ('batched', 'metrics', 'pictures', 'benchmarks')
+FILES = sorted([*HOME.glob('*.py'), *(file for family in FAMILIES for file in (HOME / family).glob('*.py'))])
+LONGEST_MODULE, LONGEST_FUNCTION = 420, 60  # lines
+
+
+def nameOf(file):
+    return str(file.relative_to(HOME))
+
+
+def roomOf(file):
+    """Return the family of a module, or its own name if it stands at the top."""
+    return file.relative_to(HOME).parts[0].removesuffix('.py')
+
+
+def above(room):
+    """Return the rooms that stand above one in the table."""
+    return list(ROOMS)[: list(ROOMS).index(room)]
+
+
+def allowed(room):
+    """Return the rooms that one may import."""
+    return set(above(room) if ROOMS[room] == '*' else ROOMS[room].split())
+
+
+def parse(file):
+    return list(ast.walk(ast.parse(file.read_text())))
+
+
+def importsOf(file):
+    """Return the top-level names of all modules that a module imports, also inside functions."""
+    modules = set()
+    for node in parse(file):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module or roomOf(file))  # `from . import name` stays in the family
+    return {module.split('.')[0] for module in modules}
+
+
+def test_rooms_areThoseOfTheTable():
+    """Every module belongs to a room of the table, and every room stands below those that it may import."""
+    assert {roomOf(file) for file in FILES} == set(ROOMS)
+    for room in ROOMS:
+        assert allowed(room) <= set(above(room)), room
+
+
+@pytest.mark.parametrize('file', FILES, ids=nameOf)
+def test_module_importsOnlyWhatItsRoomMay(file):
+    """Of our rooms, a module imports its own and those that the table allows."""
+    assert (importsOf(file) & set(ROOMS)) - {roomOf(file)} <= allowed(roomOf(file))
+
+
+@pytest.mark.parametrize('file', FILES, ids=nameOf)
+def test_module_isShort(file):
+    """Neither a module nor a function is too long to be read at once."""
+    assert len(file.read_text().splitlines()) <= LONGEST_MODULE
+    functions = [node for node in parse(file) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    lengths = {function.name: function.end_lineno - function.lineno + 1 for function in functions}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+def test_families_openWithReExportsOnly():
+    """Only the families have an __init__.py, and it holds a docstring, imports from the family, and __all__."""
+    doors = list(HOME.glob('*/__init__.py'))
+    assert sorted(file.parent.name for file in doors) == sorted(FAMILIES)
+    for file in doors:
+        docstring, *others = ast.parse(file.read_text()).body
+        assert isinstance(docstring, ast.Expr) and isinstance(docstring.value.value, str)
+        for node in others:
+            isReExport = isinstance(node, ast.ImportFrom) and node.module.startswith(f'{file.parent.name}.')
+            isList = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__all__'
+            assert isReExport or isList, f'{nameOf(file)}, line {node.lineno}'

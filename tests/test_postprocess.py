@@ -1,0 +1,370 @@
+import json
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from scipy import ndimage
+
+import config
+import metrics
+import patients
+import phantom
+import postprocess
+from conftest import COLUMNS
+
+PATIENT = 'BraTS20_Training_001'
+
+# Small components and small enhancing tumors
+
+
+@pytest.mark.parametrize('kind', [torch.from_numpy, np.asarray])
+def test_relabelSmallET_changesFewerThanNVoxels(kind):
+    """Two voxels of ET become necrotic core for N = 3, not for N = 2; the input, its type and dtype stay."""
+    classes = np.array([[[0, 1, 2], [3, 3, 0]]], np.int16)
+    yhat = kind(classes.copy())
+    relabelled = postprocess.relabelSmallET(yhat, 3)
+    assert type(relabelled) is type(yhat) and relabelled.dtype == yhat.dtype
+    assert relabelled.tolist() == [[[0, 1, 2], [1, 1, 0]]] and yhat.tolist() == classes.tolist()
+    kept = postprocess.relabelSmallET(yhat, 2)
+    assert kept.tolist() == classes.tolist()
+    kept[:] = 0
+    assert yhat.tolist() == classes.tolist()
+
+
+@pytest.mark.parametrize('kind', [torch.from_numpy, np.asarray])
+def test_removeSmallComponents_removesComponentsBelowMl(kind):
+    """Two voxels that touch at a corner are one component of 2 mm3; below 2 mm3 only the single voxel is removed."""
+    classes = np.zeros((4, 4, 4), np.uint8)
+    classes[0, 0, 0], classes[1, 1, 1], classes[3, 3, 3] = 1, 3, 2
+    yhat = kind(classes.copy())
+    left = postprocess.removeSmallComponents(yhat, 0.002)
+    assert type(left) is type(yhat) and left.dtype == yhat.dtype and yhat.tolist() == classes.tolist()
+    assert (left[0, 0, 0], left[1, 1, 1], left[3, 3, 3]) == (1, 3, 0)
+    assert not postprocess.removeSmallComponents(yhat, 0.0021).any()
+    assert postprocess.removeSmallComponents(yhat, 0).tolist() == classes.tolist()
+
+
+def test_removeSmallComponents_measuresByTheSpacing():
+    """A voxel of 8 mm3 is kept at 0.008 ml and removed at 0.009 ml; an empty prediction stays empty."""
+    yhat = np.zeros((3, 3, 3), int)
+    assert not postprocess.removeSmallComponents(yhat, 1).any()
+    yhat[1, 1, 1] = 2
+    assert postprocess.removeSmallComponents(yhat, 0.008, spacing=(2, 2, 2)).any()
+    assert not postprocess.removeSmallComponents(yhat, 0.009, spacing=(2, 2, 2)).any()
+
+
+def test_rules_refuseBadInput():
+    """Negative sizes, values that are not classes, a spacing that does not fit and no patients are refused."""
+    yhat = np.zeros((3, 3, 3), int)
+    with pytest.raises(ValueError, match='N is -1; 0 voxels or more'):
+        postprocess.relabelSmallET(yhat, -1)
+    with pytest.raises(ValueError, match=r'ml is -0\.5; 0 ml or more'):
+        postprocess.removeSmallComponents(yhat, -0.5)
+    for rule in (postprocess.relabelSmallET, postprocess.removeSmallComponents):
+        with pytest.raises(ValueError, match='yhat has values from 0 to 4'):
+            rule(yhat + np.eye(3, dtype=int) * 4, 5)
+    with pytest.raises(ValueError, match=r'spacing is \(1, 1\)'):
+        postprocess.removeSmallComponents(yhat, 1, spacing=(1, 1))
+    with pytest.raises(ValueError, match='at least one patient'):
+        postprocess.tunePostprocessing({})
+
+
+def makePair(trueET, predictedET, shape=(6, 6, 6)):
+    """Return truth and prediction with so many voxels of ET, counted from the same corner; the rest is edema."""
+    y, yhat = np.full((2, *shape), 2)
+    y.ravel()[:trueET] = 3
+    yhat.ravel()[:predictedET] = 3
+    return y, yhat
+
+
+def test_tunePostprocessing_findsN():
+    """ET is predicted with 2 voxels where there is none, and rightly with 5 and 9: N = 3 lifts the mean to 1."""
+    tuning = postprocess.tunePostprocessing({'a': makePair(0, 2), 'b': makePair(5, 5), 'c': makePair(9, 9)})
+    assert (tuning.N, tuning.withoutET, tuning.gained, tuning.lost) == (3, 1, 1, 0)
+    curve = tuning.curve[tuning.curve['rule'] == 'N']
+    assert curve['value'].tolist() == [0, 3, 6, 10]
+    np.testing.assert_allclose(curve['score'], [2 / 3, 1, 2 / 3, 1 / 3])
+    assert curve['gained'].tolist() == [0, 1, 1, 1] and curve['lost'].tolist() == [0, 0, 1, 2]
+
+
+def test_tunePostprocessing_findsMl():
+    """A lesion of 64 voxels and a false positive of 3: between 3 and 4 mm3 the score rises from 1/2 to 1."""
+    y = np.zeros((10, 10, 30), int)
+    y[3:7, 3:7, 2:6] = 2
+    yhat = y.copy()
+    yhat[0, 0, 25:28] = 3
+    tuning = postprocess.tunePostprocessing({'a': (y, yhat)})
+    assert 0.003 < tuning.ml < 0.004 and (postprocess.removeSmallComponents(yhat, tuning.ml) == y).all()
+    curve = tuning.curve.set_index('rule')['score']
+    assert curve['ml'].tolist() == [0.5, 1, 0]
+    assert curve[['N']].tolist() == [1]  # the removed ET is not there to be relabelled
+    assert 0.006 < postprocess.tunePostprocessing({'a': (y, yhat)}, spacing=(1, 1, 2)).ml < 0.008
+
+
+def test_tunePostprocessing_takesTheSmallestOfEquals():
+    """N and ml are 0 if no value helps, or if one gains as much as it loses."""
+    tuning = postprocess.tunePostprocessing({'a': makePair(0, 5), 'b': makePair(4, 4)})
+    assert (tuning.N, tuning.gained, tuning.lost) == (0, 0, 0)
+    y = np.zeros((8, 8, 8), int)
+    y[2:6, 2:6, 2:6] = 2
+    assert postprocess.tunePostprocessing({'a': (y, y)})[:2] == (0, 0)
+
+
+def test_tunePostprocessing_keepsComponentsOfUnscoredLesions():
+    """A component that matches a lesion too small to be scored is no false positive: nothing is to be removed."""
+    y = np.zeros((10, 10, 30), int)
+    y[3:7, 3:7, 2:6] = 2  # 64 mm3
+    y[3:5, 3:5, 20:22] = 2  # 8 mm3
+    tuning = postprocess.tunePostprocessing({'a': (y, y)})
+    assert tuning.ml == 0 and tuning.curve.set_index('rule')['score']['ml'].tolist() == [1, 1, 0]
+
+
+def test_tunePostprocessing_equalsScoringEveryValue():
+    """On random patients each point of both curves is the mean score after the rules were applied with its value."""
+    generator = np.random.default_rng(3)
+    predictions = {}
+    for number in range(5):
+        noise = [ndimage.gaussian_filter(generator.standard_normal((14, 16, 18)), 1) for _ in range(3)]
+        truth, other = noise[0], noise[0] + 0.6 * noise[1]
+        y, yhat = (np.where(field > 0.25, 2, 0) for field in (truth, other))
+        y[(truth > 0.45) & (number != 2)] = 3
+        yhat[other > 0.45 + 0.1 * generator.random()] = 3
+        predictions[number] = y, yhat
+    tuning = postprocess.tunePostprocessing(predictions)
+    for rule, value, score in tuning.curve[['rule', 'value', 'score']].itertuples(index=False):
+        scores = []
+        for y, yhat in predictions.values():
+            left = postprocess.removeSmallComponents(yhat, value if rule == 'ml' else tuning.ml)
+            if rule == 'ml':
+                scores.append(metrics.scoreLesions(y, left).loc['WT', 'dice'])
+            else:
+                isPredicted, isTrue = postprocess.relabelSmallET(left, value) == 3, y == 3
+                total = isPredicted.sum() + isTrue.sum()
+                scores.append(2 * (isPredicted & isTrue).sum() / total if total else 1)
+        assert score == pytest.approx(np.mean(scores)), (rule, value)
+    best, at = tuning.curve.groupby('rule')['score'].max(), tuning.curve.set_index(['rule', 'value'])['score']
+    assert at['N', tuning.N] == best['N'] and at['ml', tuning.ml] == best['ml']
+    assert len(tuning.curve) > 10 and tuning.ml > 0
+
+
+# NIfTI files
+
+
+def writeOnes(writeCase, **options):
+    """Write a patient of 4 x 5 x 6 voxels and return its paths."""
+    return writeCase(dict.fromkeys(config.MODALITIES, np.ones((4, 5, 6), np.int16)), **options)
+
+
+def test_saveSegmentation_writesTheImagesGridAndTheEditionsLabels(writeCase, tmp_path):
+    """The file has the labels 0, 1, 2, 4 as uint8 without scaling, and shape, sform, qform and codes of the images."""
+    affine = np.array([[-1, 0, 0, 3], [0, -1, 0, 239], [0, 0, 1.5, -7], [0, 0, 0, 1]])
+    paths = writeOnes(writeCase, affine=affine)
+    image = nib.load(paths['t1ce'])
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 4)
+    nib.save(image, paths['t1ce'])
+    yhat = np.zeros((6, 4, 5), np.int64)  # (D, W, H) in RAS order
+    yhat[5, 0, 0], yhat[0, 3, 4], yhat[2, 1, 3] = 1, 2, 3
+    postprocess.saveSegmentation(yhat, paths, tmp_path / 'new' / 'out.nii.gz')
+    written = nib.load(tmp_path / 'new' / 'out.nii.gz')
+    assert written.get_data_dtype() == np.uint8 and (written.dataobj.slope, written.dataobj.inter) == (1, 0)
+    for kind in ('get_sform', 'get_qform'):
+        (found, code), (expected, expectedCode) = getattr(written, kind)(True), getattr(image, kind)(True)
+        np.testing.assert_array_equal(found, expected)
+        assert code == expectedCode
+    stored = np.asarray(written.dataobj)
+    assert stored.shape == (4, 5, 6) and (stored > 0).sum() == 3
+    assert stored[3, 4, 5] == 1 and stored[0, 0, 0] == 2 and stored[2, 1, 2] == 4  # LPS: both first axes are turned
+
+
+def test_saveSegmentation_keepsAGridWithoutSform(writeCase, tmp_path):
+    """If the sform and qform codes of the images are 0, those of the segmentation are 0 too."""
+    paths = writeOnes(writeCase)
+    image = nib.load(paths['t1ce'])
+    image.header['sform_code'] = image.header['qform_code'] = 0
+    plain = nib.Nifti1Image(np.asarray(image.dataobj), None, image.header)
+    for modality in config.MODALITIES:
+        nib.save(plain, paths[modality])
+    yhat = np.zeros((6, 4, 5), np.uint8)
+    yhat[1, 0, 2] = 3
+    postprocess.saveSegmentation(yhat, paths, tmp_path / 'out.nii')
+    written = nib.load(tmp_path / 'out.nii')
+    assert written.header['sform_code'] == 0 and written.header['qform_code'] == 0
+    np.testing.assert_array_equal(written.affine, nib.load(paths['t1ce']).affine)
+    _, classes = patients.readCase({**paths, 'seg': str(tmp_path / 'out.nii'), 't1': paths['t2']})
+    np.testing.assert_array_equal(classes.transpose(2, 0, 1), yhat)
+
+
+@pytest.mark.parametrize(
+    ('yhat', 'name', 'words'),
+    [
+        (np.zeros((6, 5, 4), int), 'a.nii.gz', r'the volume has the shape \(5, 4, 6\), the images have \(4, 5, 6\)'),
+        (np.full((6, 4, 5), 4), 'a.nii.gz', r'yhat has the classes \[4\]; 0 to 3 were expected'),
+        (np.zeros((6, 4, 5), int), 'a.png', r'ends in \.nii or \.nii\.gz'),
+    ],
+)
+def test_saveSegmentation_refusesWhatIsNotASegmentation(writeCase, tmp_path, yhat, name, words):
+    """Another shape, a class beyond 3 and a file name of another format are refused, and nothing is written."""
+    with pytest.raises(ValueError, match=words):
+        postprocess.saveSegmentation(yhat, writeOnes(writeCase), tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+def test_saveProbabilities_writesProbabilitiesAndEntropy(writeCase, tmp_path):
+    """Both lie on the images' grid; the entropy is 0 for one certain class, 1 for four equal classes, 1/2 for two."""
+    affine = np.array([[-1, 0, 0, 3], [0, -1, 0, 4], [0, 0, 1, 0], [0, 0, 0, 1]])
+    paths = writeOnes(writeCase, affine=affine)
+    probability = np.zeros((6, 4, 4, 5), np.float32)
+    probability[:, 0] = 1
+    probability[2, :, 1, 3] = 0.25
+    probability[5, :, 0, 0] = [0, 0.5, 0, 0.5]
+    postprocess.saveProbabilities(torch.from_numpy(probability), paths, tmp_path / 'p.nii.gz')
+    written, entropy = nib.load(tmp_path / 'p.nii.gz'), nib.load(tmp_path / 'p_entropy.nii.gz')
+    assert written.shape == (4, 5, 6, 4) and written.get_data_dtype() == entropy.get_data_dtype() == np.float32
+    np.testing.assert_array_equal(written.affine, affine)
+    np.testing.assert_array_equal(np.asarray(written.dataobj)[3, 4, 5], [0, 0.5, 0, 0.5])  # LPS: two axes are turned
+    found = np.asarray(entropy.dataobj)
+    assert (found[3, 4, 5], found[2, 1, 2], found.sum()) == pytest.approx((0.5, 1, 1.5))
+
+
+# Folders of predictions
+
+
+@pytest.fixture
+def df(tmp_path):
+    """The file list of three phantoms, of which the second has no segmentation."""
+    phantom.makeCases(tmp_path / 'data', 3, shape=(40, 40, 16))
+    df = patients.makeFileList(tmp_path / 'data')
+    df.loc['BraTS20_Training_002', 'seg'] = None
+    return df
+
+
+def makeUnet():
+    torch.manual_seed(0)
+    return smp.Unet('resnet18', encoder_weights=None, in_channels=3, classes=4, decoder_channels=(32, 16, 16, 8, 8))
+
+
+def test_predictFolder_writesSegmentationsScoresAndSettings(df, tmp_path):
+    """Each patient gets a NIfTI and maps; scores.csv holds those with a truth; scoreFolder finds the same scores."""
+    table = postprocess.predictFolder(df, makeUnet(), tmp_path / 'out', patchStride=24, probabilities=True)
+    ids = list(df.index)
+    assert sorted(path.name for path in (tmp_path / 'out' / 'upload').iterdir()) == [f'{name}.nii.gz' for name in ids]
+    assert len(list((tmp_path / 'out' / 'maps').iterdir())) == 6
+    assert sorted(table['patient'].unique()) == [ids[0], ids[2]]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / 'out' / 'scores.csv'), table, check_dtype=False)
+    settings = json.loads((tmp_path / 'out' / 'settings.json').read_text())
+    assert settings['prediction'] == {'ml': 0, 'N': 0, 'patchStride': 24} and settings['config']['PATCH_SIZE'] == 32
+    assert settings['versions']['torch'] == torch.__version__
+    pd.testing.assert_frame_equal(postprocess.scoreFolder(df, tmp_path / 'out' / 'upload'), table)
+
+
+def test_predictFolder_needsNoTruth(df, tmp_path):
+    """Without any segmentation, as in a challenge's validation set, patients are predicted and the table is empty."""
+    table = postprocess.predictFolder(df.assign(seg=None), makeUnet(), tmp_path / 'out')
+    assert len(table) == 0 and len(list((tmp_path / 'out' / 'upload').iterdir())) == 3
+    assert (tmp_path / 'out' / 'settings.json').is_file()
+
+
+def test_predictFolder_appliesEachRule(writeCase, tmp_path):
+    """ET of fewer than N voxels becomes necrotic core; ml is measured by the patient's own voxels."""
+    image = np.zeros((40, 40, 4), np.int16)
+    image[4:36, 4:36] = np.arange(1, 33)[:, None, None]
+    volumes = {**dict.fromkeys(('t1ce', 't2', 'flair'), image), 'seg': np.ones((40, 40, 4), np.uint8)}
+    paths = writeCase(volumes, PATIENT, affine=np.diag([2, 2, 2, 1]))
+    df = pd.DataFrame([{**dict.fromkeys(COLUMNS), **paths}], index=[PATIENT])
+
+    class Square(torch.nn.Module):
+        def forward(self, patches):
+            classes = torch.zeros(len(patches), *patches.shape[2:], dtype=torch.long)
+            classes[:, 5:9, 5:9] = 3  # 16 pixels on 4 slices: 64 voxels of 8 mm3 = 0.512 ml
+            return 9.0 * torch.nn.functional.one_hot(classes, 4).movedim(-1, 1)
+
+    def labelsWith(**rules):
+        postprocess.predictFolder(df, Square(), tmp_path / 'out', **rules)
+        return set(np.unique(np.asarray(nib.load(tmp_path / 'out' / 'upload' / f'{PATIENT}.nii.gz').dataobj)).tolist())
+
+    assert labelsWith() == labelsWith(N=64) == labelsWith(ml=0.5) == {0, 4}
+    assert labelsWith(N=65) == {0, 1} and labelsWith(ml=0.52) == labelsWith(N=65, ml=0.52) == {0}
+
+
+def test_writeScores_writesAnEmptyTable(tmp_path):
+    """Without scores the table has its columns and no row; the settings are written all the same."""
+    table = postprocess.writeScores({}, tmp_path, mirror=True)
+    assert list(table.columns) == ['patient', 'region'] and len(table) == 0
+    assert (tmp_path / 'scores.csv').read_text() == 'patient,region\n'
+    assert json.loads((tmp_path / 'settings.json').read_text())['prediction'] == {'mirror': True}
+
+
+def test_scoreFolder_equalsScorePatient(df, tmp_path, capsys):
+    """The rows of a patient are those of scorePatient; patients without a truth are counted and left out."""
+    paths = df.iloc[0]
+    label = patients.readLabel(paths).transpose(2, 0, 1)
+    moved = np.roll(label, 2, axis=1)
+    postprocess.saveSegmentation(moved, paths, tmp_path / f'{df.index[0]}.nii.gz')
+    expected = metrics.scoreTable({df.index[0]: metrics.scorePatient(label, moved, patients.spacingOf(paths))})
+    assert 0 < expected['dice'].min() < 1
+    pd.testing.assert_frame_equal(postprocess.scoreFolder(df.iloc[:2], tmp_path), expected)
+    assert '1 of 2 patients have no true segmentation' in capsys.readouterr().out
+
+
+def test_scoreFolder_scoresTheTruthAsPerfectInAnyAxisOrder(df, tmp_path):
+    """The truth itself, written in another axis order, has Dice 1 and HD95 0 everywhere."""
+    rows = df[df['seg'].notna()]
+    for patient, paths in rows.iterrows():
+        nib.save(nib.as_closest_canonical(nib.load(paths['seg'])), tmp_path / f'{patient}.nii')
+    table = postprocess.scoreFolder(rows, tmp_path)
+    assert len(table) == 2 * len(config.REGIONS) and (table['dice'] == 1).all() and (table['hd95'] == 0).all()
+
+
+def test_scoreFolder_detectsTheEditionFromTheTruth(df, tmp_path):
+    """A truth without images is enough, and the name of the prediction need not reveal the edition."""
+    rows = df.iloc[[0]].assign(t1=None, t1ce=None, t2=None, flair=None).rename({df.index[0]: 'somebody'})
+    nib.save(nib.load(rows['seg'].iloc[0]), tmp_path / 'somebody.nii.gz')
+    assert (postprocess.scoreFolder(rows, tmp_path)['dice'] == 1).all()
+
+
+def test_scoreFolder_measuresInMillimetres(writeCase, tmp_path):
+    """Half of a truth with 2 x 1 x 3 mm voxels: sensitivity 1/2, precision 1, HD95 4 mm, 0.48 and 0.24 ml."""
+    label = np.zeros((12, 11, 10), np.uint8)
+    label[2:6, 2:6, 2:7] = 2
+    volumes = {**dict.fromkeys(COLUMNS, np.ones(label.shape, np.int16)), 'seg': label}
+    df = pd.DataFrame([writeCase(volumes, PATIENT, affine=np.diag([2, 1, 3, 1]))], index=[PATIENT])
+    half = label.copy()
+    half[2:4] = 0
+    nib.save(nib.Nifti1Image(half, np.diag([2, 1, 3, 1])), tmp_path / f'{PATIENT}.nii.gz')
+    row = postprocess.scoreFolder(df, tmp_path).set_index('region').loc['WT']
+    assert (row['sensitivity'], row['precision']) == (0.5, 1) and row['hd95'] == pytest.approx(4)
+    assert (row['volumeTruth'], row['volumePredicted']) == pytest.approx((0.48, 0.24))
+
+
+def test_scoreFolder_refusesAMissingOrForeignPrediction(df, tmp_path):
+    """A missing prediction, a label of another edition and another shape are refused, and the patient is named."""
+    rows = df[df['seg'].notna()]
+    with pytest.raises(FileNotFoundError, match='no segmentation of 2 patients: BraTS20_Training_001'):
+        postprocess.scoreFolder(rows, tmp_path)
+    for patient, paths in rows.iterrows():
+        nib.save(nib.load(paths['seg']), tmp_path / f'{patient}.nii.gz')
+    source, file = nib.load(rows['seg'].iloc[1]), tmp_path / f'{rows.index[1]}.nii.gz'
+    nib.save(nib.Nifti1Image(np.full(source.shape, 3, np.uint8), source.affine), file)
+    with pytest.raises(ValueError, match=r'BraTS20_Training_003.*labels \[3\], but BraTS2020 knows'):
+        postprocess.scoreFolder(rows, tmp_path)
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), source.affine), file)
+    with pytest.raises(ValueError, match=r'BraTS20_Training_003.*has \(4, 4, 4\) voxels'):
+        postprocess.scoreFolder(rows, tmp_path)
+
+
+def test_readPrediction_returnsWhatWasSaved(df, tmp_path):
+    """y is the truth and yhat what saveSegmentation wrote, both uint8 (D, W, H); a missing file is an error."""
+    paths = df.iloc[0]
+    expected = patients.readLabel(paths).transpose(2, 0, 1)
+    changed = np.roll(expected, 1, axis=0)
+    with pytest.raises(FileNotFoundError, match=f'no segmentation of {PATIENT}'):
+        postprocess.readPrediction(paths, tmp_path)
+    postprocess.saveSegmentation(changed, paths, tmp_path / f'{PATIENT}.nii')
+    y, yhat = postprocess.readPrediction(paths, tmp_path)
+    assert y.dtype == yhat.dtype == np.uint8 and y.shape == (16, 40, 40)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(yhat, changed)
