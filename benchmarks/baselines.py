@@ -53,7 +53,7 @@ def makeTorchioAugment(transform):
 
     def augment(image, label):
         x, y = transforms.transformCase(image[..., None], label[..., None], transform)
-        return x[0], y[0]
+        return x[0], y[0].long()
 
     return augment
 

@@ -1,4 +1,4 @@
-"""The phantoms are BraTS 2020 in layout, header and labels, and the same seed always makes the same ones."""
+"""Phantoms have the layout, headers and labels of BraTS 2020, and a seed always gives the same ones."""
 
 import nibabel as nib
 import numpy as np
@@ -13,22 +13,24 @@ SUFFIXES = ('t1', 't1ce', 't2', 'flair', 'seg')
 
 
 def _read(folder, patient, suffix):
+    """Return a volume of a patient in the order of its file."""
     return np.asarray(nib.load(folder / patient / f'{patient}_{suffix}.nii.gz').dataobj)
 
 
 def _bytes(folder):
+    """Return a dict of path to content of all files below a folder."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob('*') if file.is_file()}
 
 
 @pytest.fixture(scope='module')
 def five(tmp_path_factory):
-    """A folder of five patients and their ids."""
+    """Return a folder of five patients and their ids."""
     folder = tmp_path_factory.mktemp('five')
     return folder, phantom.makeCases(folder, 5, seed=3, shape=(64, 64, 24))
 
 
 def test_makeCases_hasTheLayoutOfBraTS2020(five):
-    """Ids count from 001, each folder holds its five files, the mapping lies beside them, and nothing else does."""
+    """Ids count from 001; the folder holds five files per patient and the mapping, and nothing else."""
     folder, ids = five
     assert ids == [f'BraTS20_Training_00{i}' for i in (1, 2, 3, 4, 5)]
     expected = {f'{patient}/{patient}_{suffix}.nii.gz' for patient in ids for suffix in SUFFIXES}
@@ -36,7 +38,7 @@ def test_makeCases_hasTheLayoutOfBraTS2020(five):
 
 
 def test_makeCases_writesTheHeaderOfBraTS(five):
-    """Images are int16, labels uint8, unscaled; voxels of 1 mm run to patient left, back and top; both codes are 1."""
+    """Images are int16, labels uint8, unscaled; axes run left, back and top at 1 mm; both codes are 1."""
     folder, ids = five
     for suffix in SUFFIXES:
         image = nib.load(folder / ids[0] / f'{ids[0]}_{suffix}.nii.gz')
@@ -50,7 +52,7 @@ def test_makeCases_writesTheHeaderOfBraTS(five):
 
 
 def test_makeCases_hasEveryLabelExceptEnhancingInTheFourth(five):
-    """Labels are 0, 1, 2 and 4, each in several voxels; one patient of five, the fourth, has no 4."""
+    """Labels are 0, 1, 2 and 4, each in at least four voxels; only the fourth patient of five has no 4."""
     folder, ids = five
     for i, patient in enumerate(ids):
         labels, counts = np.unique(_read(folder, patient, 'seg'), return_counts=True)
@@ -59,13 +61,13 @@ def test_makeCases_hasEveryLabelExceptEnhancingInTheFourth(five):
 
 
 def test_makeCases_keepsEveryLabelAtTheSmallestShape(tmp_path):
-    """Even 16 voxels an axis hold necrosis, edema and rim."""
+    """Even 16 voxels along each axis hold necrosis, edema and enhancing tumor."""
     (patient,) = phantom.makeCases(tmp_path, 1, shape=(16, 16, 16))
     assert np.unique(_read(tmp_path, patient, 'seg')).tolist() == [0, 1, 2, 4]
 
 
 def test_makeCases_leavesTheBackgroundZero(five):
-    """All modalities have the same brain, none of it at the border; outside it all is 0 and no label is set."""
+    """All modalities have the same brain, which does not touch the border; outside it, images and labels are 0."""
     folder, ids = five
     for patient in ids:
         volumes = {suffix: _read(folder, patient, suffix) for suffix in SUFFIXES}
@@ -76,8 +78,8 @@ def test_makeCases_leavesTheBackgroundZero(five):
         assert not volumes['seg'][~brain].any()
 
 
-def test_makeCases_putsTheHeadTheRightWayUp(five):
-    """The brainstem leaves at the bottom and the cerebellum lies low at the back, so low slices sit further back."""
+def test_makeCases_orientsTheHead(five):
+    """Low slices hold less brain (brainstem) and lie further back (cerebellum) than high ones."""
     folder, ids = five
     for patient in ids:
         brain = _read(folder, patient, 't1') > 0
@@ -86,8 +88,8 @@ def test_makeCases_putsTheHeadTheRightWayUp(five):
         assert ndimage.center_of_mass(brain[:, :, :5])[1] > ndimage.center_of_mass(brain[:, :, 12:])[1] + 3
 
 
-def test_makeCases_givesEachTissueItsContrast(five):
-    """The rim is brighter than its core in t1ce, the edema brighter than the rest of the brain in flair."""
+def test_makeCases_contrastsTheTissues(five):
+    """Enhancing tumor is brighter than necrosis in t1ce, edema brighter than the rest of the brain in flair."""
     folder, ids = five
     for i, patient in enumerate(ids):
         t1ce, flair, seg = (_read(folder, patient, suffix) for suffix in ('t1ce', 'flair', 'seg'))
@@ -95,8 +97,8 @@ def test_makeCases_givesEachTissueItsContrast(five):
         assert i == 3 or np.median(t1ce[seg == 4]) > 1.3 * np.median(t1ce[seg == 1])
 
 
-def test_makeCases_closesTheNecrosisIn(five):
-    """Of the voxels that touch necrosis from outside, most are rim or edema."""
+def test_makeCases_surroundsTheNecrosis(five):
+    """Of the voxels around necrosis, most are enhancing tumor or edema."""
     folder, ids = five
     for patient in ids:
         seg = _read(folder, patient, 'seg')
@@ -104,15 +106,15 @@ def test_makeCases_closesTheNecrosisIn(five):
         assert np.isin(seg[around], (2, 4)).mean() > 0.6
 
 
-def test_makeCases_growsTumorsOfRealVolume(five):
-    """The whole tumor measures 10 to 200 ml of the head, whose box is 240 x 240 x 155 mm at every shape."""
+def test_makeCases_growsTumorsOfRealisticVolume(five):
+    """The whole tumor has 10 to 200 ml, in a box of 240 x 240 x 155 mm at every shape."""
     folder, ids = five
     voxel = 240 * 240 * 155 / (64 * 64 * 24) / 1000  # ml
     assert all(10 < np.count_nonzero(_read(folder, patient, 'seg')) * voxel < 200 for patient in ids)
 
 
 def test_makeCases_cannotBeSolvedByAThreshold(five):
-    """No single threshold on flair finds the whole tumors: the best one's mean Dice stays below 0.75."""
+    """With the best flair threshold of each patient, the mean Dice of the whole tumor is below 0.75."""
     folder, ids = five
     best = []
     for patient in ids:
@@ -122,8 +124,8 @@ def test_makeCases_cannotBeSolvedByAThreshold(five):
     assert np.mean(best) < 0.75
 
 
-def test_makeCases_repeatsItselfToTheByte(tmp_path):
-    """The same seed writes the same bytes, over older files too; another seed writes others."""
+def test_makeCases_isReproducible(tmp_path):
+    """The same seed writes the same bytes, also over older files; another seed writes others."""
     phantom.makeCases(tmp_path / 'a', 1, seed=5, shape=SMALL)
     phantom.makeCases(tmp_path / 'b', 1, seed=6, shape=SMALL)
     a, b = _bytes(tmp_path / 'a'), _bytes(tmp_path / 'b')
@@ -132,13 +134,13 @@ def test_makeCases_repeatsItselfToTheByte(tmp_path):
     assert _bytes(tmp_path / 'b') == a
 
 
-def test_makeCases_holdsNoTimeInTheFiles(five):
+def test_makeCases_writesNoTimestamp(five):
     """The time in the gzip header (bytes 4 to 7) is 0."""
     assert all(data[4:8] == bytes(4) for name, data in _bytes(five[0]).items() if name.endswith('.gz'))
 
 
-def test_makeCases_makesAPatientTheSameWhateverTheirNumber(tmp_path):
-    """Patient 1 of two is patient 1 of one, and patient 2 is another."""
+def test_makeCases_drawsAPatientIndependentlyOfTheirNumber(tmp_path):
+    """The first of two patients equals the only one of one, and the second differs."""
     phantom.makeCases(tmp_path / 'one', 1, shape=SMALL)
     first, second = phantom.makeCases(tmp_path / 'two', 2, shape=SMALL)
     one, two = _bytes(tmp_path / 'one'), _bytes(tmp_path / 'two')
@@ -164,17 +166,17 @@ def test_makeCases_mapsNamesToGrades(five):
 
 
 @pytest.mark.parametrize(
-    ('n', 'kept', 'says'),
+    ('n', 'options', 'message'),
     [
-        (0, {}, 'n = 0'),
-        (1, {'seed': -1}, 'seed = -1'),
+        (0, {}, 'n is 0'),
+        (1, {'seed': -1}, 'seed is -1'),
         (1, {'shape': (64, 64, 15)}, r'\(64, 64, 15\).*16'),
         (1, {'shape': (64, 64)}, r'\(64, 64\).*three'),
         (1, {'shape': (64, 64, 20.5)}, r'20\.5.*whole'),
     ],
 )
-def test_makeCases_refusesInWords(tmp_path, n, kept, says):
-    """What cannot be made is refused by a ValueError that says what was asked for, and nothing is written."""
-    with pytest.raises(ValueError, match=says):
-        phantom.makeCases(tmp_path / 'none', n, **kept)
+def test_makeCases_refusesInvalidArguments(tmp_path, n, options, message):
+    """An invalid argument raises a ValueError that names its value, and nothing is written."""
+    with pytest.raises(ValueError, match=message):
+        phantom.makeCases(tmp_path / 'none', n, **options)
     assert not (tmp_path / 'none').exists()

@@ -88,6 +88,7 @@ def test_measurePeak_seesWhatAFunctionAllocates(megabytes):
             array = np.ones(megabytes * 125_000)
             time.sleep(0.03)
             del array
+        time.sleep(0.03)
 
     assert timing.measurePeak({}, allocate) == pytest.approx(megabytes / 1e3, abs=0.03)
 
