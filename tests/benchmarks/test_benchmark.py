@@ -79,7 +79,8 @@ def test_benchMemory_findsLessThanTheNaiveBaseline(tmp_path, monkeypatch):
     phantom.makeCases(tmp_path / 'data', 1, shape=(160, 160, 48))
     config.PREDICT_BATCH, config.PREPROCESS_WORKERS, config.PATCH_STRIDE = 4, 1, 32
     config.ENCODER_NAME, config.ENCODER_DEPTH, config.DECODER_CHANNELS = 'resnet18', 3, (16, 16, 16)
-    monkeypatch.setenv('MALLOC_MMAP_THRESHOLD_', '65536')  # released memory goes back at once, so one process suffices
+    # memory that is released goes back to the system at once, so that one process suffices
+    monkeypatch.setenv('MALLOC_MMAP_THRESHOLD_', '1000000')
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
         monkeypatch.setattr(benchmark, '_runAnew', lambda *job: pool.submit(*job).result())
