@@ -70,6 +70,8 @@ def availableWeights():
 
     The encoder then starts from random weights. The state of the random generators does not change.
     """
+    if config.ENCODER_WEIGHTS is None:
+        return None
     hub = logging.getLogger('huggingface_hub')  # offline it tries for half a minute and warns each time
     level = hub.level
     hub.setLevel(logging.ERROR)

@@ -114,8 +114,12 @@ def _niftiFiles(folder):
     seen = set()
     for here, folders, names in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(here))
-        folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(here, name)) not in seen)
-        folders[:] = [name for name in folders if name != 'phantoms']  # those of an earlier demo are not patients
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name != 'phantoms'  # those of an earlier demo are not patients
+            and os.path.realpath(os.path.join(here, name)) not in seen
+        )
         for name in sorted(names):
             if re.search(r'\.nii(\.gz)?$', name, re.IGNORECASE) and not name.startswith('.'):
                 yield Path(here, name)

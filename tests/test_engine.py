@@ -1,3 +1,4 @@
+import gc
 import logging
 import math
 import multiprocessing
@@ -220,7 +221,7 @@ def test_validate_sumsOverSamples(inFloat32, numBatches):
 
 @pytest.mark.parametrize('cache', [0, 4])
 def test_train_keepsMemoryAndHandlesBounded(writeCase, tmp_path, cache):
-    """After three epochs, not every further one takes memory, a file handle or a process, patches cached or not."""
+    """After three epochs, five more take no memory, file handle or process, whether patches are cached or not."""
     config.CACHE_PATCHES = cache
     volume = np.random.default_rng(0).integers(1, 900, (64, 64, 20)).astype(np.int16)
     paths = writeCase({**dict.fromkeys(('t1ce', 't2', 'flair'), volume), 'seg': volume % 3})
@@ -233,10 +234,11 @@ def test_train_keepsMemoryAndHandlesBounded(writeCase, tmp_path, cache):
     for _ in range(8):
         engine.train(model, criterion, optimizer, SCALER, loader, augment)
         engine.validate(model, criterion, loader)
+        gc.collect()  # handles of ended workers wait for the collector: 9 to 13 were counted before it ran, 9 after
         held.append((process.memory_info().rss, process.num_fds(), len(process.children())))
-    # a leak shows in every epoch (the batches of one take 4.4 MB), whatever the allocator does in some of them
-    leaked = np.diff(held[2:], axis=0).min(0)
-    assert numPatches == 180 and leaked[0] < 2e6 and leaked[1] <= 0 and leaked[2] <= 0
+    grown = np.subtract(held[-1], held[2])
+    assert numPatches == 180 and grown[0] < 15e6  # bytes; the batches of five epochs take 22 MB
+    assert grown[1] <= 0 and grown[2] == 0
     dataset.file.close()
     assert not [file for file in process.open_files() if file.path.endswith('a.h5')]
 

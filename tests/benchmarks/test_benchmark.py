@@ -75,7 +75,7 @@ def test_benchReading_comparesMemoryWithFile(tmp_path):
 
 
 def test_benchMemory_findsLessThanTheNaiveBaseline(tmp_path, monkeypatch):
-    """Cutting and predicting need memory, and clearly less than the naive baselines do."""
+    """Cutting and predicting need memory, and less than half of what the naive baselines need."""
     phantom.makeCases(tmp_path / 'data', 1, shape=(160, 160, 48))
     config.PREDICT_BATCH, config.PREPROCESS_WORKERS, config.PATCH_STRIDE = 4, 1, 32
     config.ENCODER_NAME, config.ENCODER_DEPTH, config.DECODER_CHANNELS = 'resnet18', 3, (16, 16, 16)
@@ -88,9 +88,9 @@ def test_benchMemory_findsLessThanTheNaiveBaseline(tmp_path, monkeypatch):
     assert table.columns.tolist() == ['stage', 'method', 'GB', 'ratio']
     assert table.stage.tolist() == ['memory of preprocessing'] * 2 + ['memory of prediction'] * 2
     assert table.method.tolist() == ['makeDataset', 'naive baseline', 'predict', 'naive baseline']
-    assert (table.GB > 0.001).all()
+    assert (table.GB > 0.005).all()
     assert table.ratio[0] == table.ratio[2] == 1
-    assert (table.ratio[[1, 3]] > 1.3).all()
+    assert (table.ratio[[1, 3]] > 2).all()
 
 
 def test_runAnew_startsAFreshProcess():
