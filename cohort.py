@@ -6,17 +6,16 @@ import warnings
 from itertools import combinations
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed, effective_n_jobs
-from tqdm.auto import tqdm
 
 import config
 from atomic import writeAtomically
+from parallel import forEachPatient, resultsOf
 from patients import (
     COLUMNS,
     EDITIONS,
-    axisOrder,
     checkGrid,
     detectEdition,
     hasFile,
@@ -30,35 +29,8 @@ from patients import (
 SETS = ('train', 'val', 'test')
 _FEW_VALUES = 6  # an image with fewer different intensities is a segmentation, or empty
 _COPY = 0.9999  # correlation of two modalities from which one is taken for a copy of the other
+_LARGEST = 32767  # of 16 bits
 _OUTSIDE = 0.05  # fraction of the tumor outside the brain from which a segmentation is taken for another patient's
-_AHEAD = 8  # patients per thread that may be ready before the caller takes them; bounds the memory
-
-
-def forEachPatient(function, df, description):
-    """Yield `function(paths)` for each row of a file list, in order; joblib runs several patients at a time.
-
-    `config.PREPROCESS_WORKERS` threads work on the patients: reading and counting release the interpreter's lock. Under
-    `joblib.parallel_config` another backend takes their place.
-
-    Args:
-        function: takes one row of the file list. The first error that it raises is raised here and ends the work.
-        df: file list.
-        description: text of the progress bar.
-    """
-    rows = [paths for _, paths in df.iterrows()]
-    block = _AHEAD * effective_n_jobs(config.PREPROCESS_WORKERS)
-    bar = tqdm(total=len(rows), desc=description, leave=False)
-    with bar, Parallel(config.PREPROCESS_WORKERS, prefer='threads', return_as='generator') as parallel:
-        for start in range(0, len(rows), block):  # joblib itself does not wait for the caller to take results
-            results = parallel(delayed(function)(paths) for paths in rows[start : start + block])
-            try:
-                for result in results:
-                    bar.update()
-                    yield result
-            finally:
-                with warnings.catch_warnings():  # joblib warns of unused results when the caller stops early
-                    warnings.filterwarnings('ignore', r'.*\btasks\b')
-                    results.close()
 
 
 def checkFiles(df):
@@ -70,51 +42,70 @@ def checkFiles(df):
         df: file list.
 
     Returns:
-        DataFrame with the columns `patient`, `file` (its name, or the column's if there is no file) and `finding`;
-        empty if all is well. Findings are:
+        DataFrame with the columns `patient`, `file` (its name, or the column's if there is no file), `finding` and
+        `stops`; empty if all is well. With a finding that stops, the patient cannot be read, see `usable`:
         - a missing modality; a file that cannot be read, is not 3-D, not finite, or beyond 1e6;
-        - another shape, grid or axis order than the first modality's (the last is corrected when the file is read);
-        - an image that is constant, looks like a segmentation, or like a copy of another modality;
-        - labels unknown to the edition; a segmentation without tumor, or with tumor outside the brain;
-        - the number of voxels of resection cavity, which become background;
+        - another shape or grid than the first modality's;
+        - labels unknown to the edition.
+        With the others it is used:
+        - another axis order than the first modality's, which is corrected when the file is read;
+        - an image that is constant, looks like a segmentation, or like a copy of another modality, or is clipped;
+        - a segmentation without tumor, with tumor outside the brain, or with resection cavity, which is background;
         - a patient published as having another neoplasm than a glioma.
     """
     findings = list(forEachPatient(_checkPatient, df, 'check'))
     rows = [(patient, *finding) for patient, found in zip(df.index, findings, strict=True) for finding in found]
-    return pd.DataFrame(rows, columns=['patient', 'file', 'finding'])
+    return pd.DataFrame(rows, columns=['patient', 'file', 'finding', 'stops']).astype({'stops': bool})
+
+
+def usable(df, findings):
+    """Return the patients of a file list that can be read, and print which cannot.
+
+    Args:
+        df: file list.
+        findings: table of `checkFiles`.
+
+    Raises:
+        ValueError: none is left.
+    """
+    bad = findings[findings['stops']]
+    for patient, found in bad.groupby('patient'):
+        print(f'{patient} is left out: {found["file"].iloc[0]}: {found["finding"].iloc[0]}')
+    if df.index.isin(bad['patient']).all():
+        raise ValueError(f'None of the {len(df)} patients can be used; the findings say why.')
+    return df[~df.index.isin(bad['patient'])]
 
 
 def _checkPatient(paths):
-    """Return the (file, finding) pairs of one patient."""
+    """Return the (file, finding, stops) triples of one patient."""
     findings, volumes, grids, opened = [], {}, {}, {}
     try:
         edition = EDITIONS[detectEdition(paths)]
     except ValueError as error:
-        return [(next((Path(paths[name]).name for name in COLUMNS if hasFile(paths, name)), '-'), str(error))]
+        return [(next((Path(paths[name]).name for name in COLUMNS if hasFile(paths, name)), '-'), str(error), True)]
     for column in (*config.MODALITIES, 'seg'):
         if not hasFile(paths, column):
-            findings += [(column, 'this modality is missing')] * (column != 'seg')
+            findings += [(column, 'this modality is missing', True)] * (column != 'seg')
             continue
         channel = (edition.channels or {}).get(column)
         try:
             volumes[column], grids[column] = readVolume(paths[column], paths.name, channel, opened)
         except (ValueError, FileNotFoundError) as error:
-            findings.append((Path(paths[column]).name, _withoutPrefix(error, paths, column)))
+            findings.append((Path(paths[column]).name, _withoutPrefix(error, paths, column), True))
     seg = volumes.pop('seg', None)
     for column, volume in volumes.items():
-        findings += [(Path(paths[column]).name, finding) for finding in _checkImage(volume)]
+        findings += [(Path(paths[column]).name, finding, False) for finding in _checkImage(volume)]
     findings += _checkCopies(volumes, paths)
     findings += _checkGrids(volumes if seg is None else {**volumes, 'seg': seg}, grids, paths)
     if seg is not None:
-        findings += [(Path(paths['seg']).name, finding) for finding in _checkLabel(seg, volumes, paths)]
+        findings += [(Path(paths['seg']).name, *finding) for finding in _checkLabel(seg, volumes, paths)]
     file = Path(next(paths[column] for column in COLUMNS if hasFile(paths, column)))
     if '51_OtherNeoplasms' in file.parts:
-        findings.append((file.name, 'published under 51_OtherNeoplasms: not a glioma'))
+        findings.append((file.name, 'published under 51_OtherNeoplasms: not a glioma', False))
     return findings
 
 
 def _withoutPrefix(error, paths, column):
-    """Return an error's message without the patient and path at its start."""
     return str(error).removeprefix(f'{paths.name}: ').removeprefix(str(paths[column])).strip()
 
 
@@ -124,52 +115,59 @@ def _checkImage(volume):
         yield f'every voxel is {volume.flat[0]}: this modality is empty'
     elif len(np.unique(volume[:, :, ::8])) < _FEW_VALUES and len(np.unique(volume)) < _FEW_VALUES:
         yield f'it has {len(np.unique(volume))} different values, like a segmentation; an image was expected'
+    numClipped = np.count_nonzero(volume == _LARGEST)
+    if numClipped > 1 and volume.max() == _LARGEST:
+        yield f'{numClipped} voxels are {_LARGEST}, the largest number of 16 bits: they were clipped'
 
 
 def _checkCopies(volumes, paths):
-    """Yield a (file, finding) pair for each two modalities that look the same."""
+    """Yield (file, finding, stops) for each two modalities that look the same."""
     for (first, image), (second, other) in combinations(volumes.items(), 2):
         if image.shape == other.shape:
             isBrain = maskFunction(image) & maskFunction(other)
             values, others = image[isBrain][::7].astype(float), other[isBrain][::7].astype(float)
             if values.size > 1 and values.std() and others.std() and np.corrcoef(values, others)[0, 1] > _COPY:
-                yield Path(paths[second]).name, f'{second} looks like a copy of {first}'
+                yield Path(paths[second]).name, f'{second} looks like a copy of {first}', False
 
 
 def _checkGrids(volumes, grids, paths):
-    """Yield a (file, finding) pair for each volume with another grid or axis order than the first modality."""
+    """Yield (file, finding, stops) for each volume with another grid or axis order than the first modality."""
     first = next(iter(volumes), None)
     for column in list(volumes)[1:]:
         file = Path(paths[column]).name
         try:
-            checkGrid(paths, column, volumes[column].shape, grids[column], volumes[first].shape, grids[first])
+            checkGrid(paths, column, volumes[column].shape, grids[column], first, volumes[first].shape, grids[first])
         except ValueError as error:
-            yield file, _withoutPrefix(error, paths, column)
+            yield file, _withoutPrefix(error, paths, column), True
             continue
-        order, expected = axisOrder(paths[column]), axisOrder(paths[first])
+        # such as 'LPS': the axes point to the left, the back (posterior) and the top
+        order, expected = (''.join(nib.aff2axcodes(nib.load(paths[name]).affine)) for name in (column, first))
         if order != expected:
-            yield file, f'stored in {order} order, {first} in {expected}: corrected when it is read'
+            yield file, f'stored in {order} order, {first} in {expected}: corrected when it is read', False
 
 
 def _checkLabel(seg, volumes, paths):
-    """Yield the findings of a segmentation."""
+    """Yield the (finding, stops) pairs of a segmentation."""
     try:
         classes = toClasses(seg, paths)
     except ValueError as error:
-        yield _withoutPrefix(error, paths, 'seg')
+        yield _withoutPrefix(error, paths, 'seg'), True
         return
     for label, number in EDITIONS[detectEdition(paths)].classes.items():
         numVoxels = np.count_nonzero(np.rint(seg) == label) if label and number == 0 else 0
         if numVoxels:
-            yield f'{numVoxels} voxels of resection cavity (label {label}) count as background'
+            yield f'{numVoxels} voxels of resection cavity (label {label}) count as background', False
     if not classes.any():
-        yield 'no voxel of tumor'
+        yield 'no voxel of tumor', False
         return
     brains = [maskFunction(volume) for volume in volumes.values() if volume.shape == classes.shape]
     if brains:
-        outside = np.count_nonzero(classes[~np.any(brains, axis=0)]) / np.count_nonzero(classes)
-        if outside > _OUTSIDE:
-            yield f'{outside:.0%} of the tumor lies outside the brain: is it the segmentation of another patient?'
+        numOutside = np.count_nonzero(classes[~np.any(brains, axis=0)])
+        fraction = numOutside / np.count_nonzero(classes)
+        if fraction > _OUTSIDE:
+            yield f"{fraction:.0%} of the tumor lies outside the brain: is it another patient's segmentation?", False
+        elif numOutside:
+            yield f'{numOutside} voxels of tumor lie where all modalities are 0', False
 
 
 def withSegmentation(df, purpose):
@@ -240,10 +238,10 @@ def findSubjects(df):
     Returns:
         Series indexed by patient: the subject's first patient id in alphabetical order.
     """
-    keys = {patient: {_withoutTime(patient)} for patient in df.index}
+    keys = {patient: {withoutTime(patient)} for patient in df.index}
     named = {}
     for patient in keys:
-        for alias in (patient, _withoutTime(patient)):
+        for alias in (patient, withoutTime(patient)):
             named.setdefault(alias, set()).add(patient)
     for path, names in _nearbyTables(df):
         for number, row in enumerate(names.astype(str).to_numpy()):
@@ -258,11 +256,11 @@ def findSubjects(df):
         linked = {id(groups[key]): groups[key] for key in keys[patient] if key in groups}
         together = [patient, *(other for group in linked.values() for other in group)]
         groups.update({key: together for other in together for key in keys[other]})
-    return pd.Series({patient: min(groups[_withoutTime(patient)]) for patient in keys}, dtype=object, name='subject')
+    return pd.Series({patient: min(groups[withoutTime(patient)]) for patient in keys}, dtype=object, name='subject')
 
 
-def _withoutTime(patient):
-    """Return a patient id of 2023 or 2024 without its time point, any other id as it is."""
+def withoutTime(patient):
+    """Return a patient id of 2023 or 2024 without its time point, any other id as it is: the subject by its name."""
     return re.sub(r'^(BraTS-(?:GLI|SSA)-\d+)-\d+$', r'\1', str(patient))
 
 
@@ -292,6 +290,8 @@ def split(df):
         )
     test, val, train = (df[subjects.isin(part)] for part in np.split(order, [numTest, numTest + numVal]))
     print(f'{len(train)} patients to train, {len(val)} to validate, {len(test)} to test.')
+    if len(order) < 3:
+        print(f'{len(df)} patients are {len(order)} subjects; three are needed for a set to validate and one to test.')
     return train, val, test
 
 
@@ -400,10 +400,12 @@ def describeCohort(df):
         `config.CLASS_NAMES`: its volume in ml, NaN if there is no segmentation.
 
     Raises:
-        ValueError, FileNotFoundError: a segmentation cannot be read; `checkFiles` finds all of these beforehand.
+        ValueError, FileNotFoundError: segmentations cannot be read; all of them are named at once. With
+            `config.ON_BAD_PATIENT = 'leaveOut'` these patients are left out, unless no other is left.
     """
-    volumes = list(forEachPatient(_measureVolumes, df, 'describe'))
-    table = pd.DataFrame(volumes, df.index, list(config.CLASS_NAMES[1:]))
+    volumes = resultsOf(_measureVolumes, df, 'describe')
+    df = df.loc[list(volumes)]
+    table = pd.DataFrame(list(volumes.values()), df.index, list(config.CLASS_NAMES[1:]))
     table.insert(0, 'edition', df.apply(detectEdition, axis=1))
     table.insert(1, 'grade', readGrades(df))
     table.insert(2, 'subject', findSubjects(df))

@@ -42,7 +42,7 @@ BIAS_COEFFICIENTS = 0.1  # at most, of the bias field's polynomial
 
 # Loading
 BATCHSIZE = 32  # patches; fits a 16 GB card with a resnet34
-CACHE_PATCHES = 4.0  # GB; patch files up to this size are held in memory, shared by the workers
+CACHE_PATCHES = 0.45  # of the machine's memory; files with fewer patches are held there, shared by the workers
 LOADER_WORKERS = 2  # processes; Colab has 2 cores, Kaggle 4
 
 # Model. ENCODER_IN_CHANNEL is the number of MODALITIES.
@@ -145,6 +145,11 @@ _FOUND = {
     'LAST_CHECKPOINT': _inOutputFolder('last.pt'),
     'BEST_CHECKPOINT': _inOutputFolder('best.pt'),
 }
+
+
+def __dir__():
+    """Return the names of all values, those that are found included."""
+    return sorted({*globals(), *_FOUND})
 
 
 def __getattr__(name):

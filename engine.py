@@ -5,14 +5,18 @@ import logging
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from scipy import ndimage
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 import config
+from identity import follow, identityOf, noteTraining, trainedAmong, trainedPatients, warnOfTrained
+from parallel import leaveOut
 from patients import maskFunction, patientOf, readCase
 from transforms import transformVolume, windowStarts
 
@@ -104,7 +108,8 @@ def train(model, criterion, optimizer, scaler, loader, transform=None):
     """Train the model for one epoch and return the loss summed over samples.
 
     The forward pass runs under autocast (`precision`), the loss in float32. The gradient's norm is clipped to
-    `config.GRADIENT_CLIP`. The model's parameters are converted to channels_last, in place.
+    `config.GRADIENT_CLIP`. The model's parameters are converted to channels_last, in place. What the model is trained
+    on is noted as `model.identity`, and the learning rate as `optimizer.learnRate`, for the checkpoint.
 
     Args:
         model: takes float (B, C, H, W), returns logits (B, NO_CLASSES, H, W); batches go to its device.
@@ -119,8 +124,12 @@ def train(model, criterion, optimizer, scaler, loader, transform=None):
 
     Raises:
         FloatingPointError: a loss is not finite; batch and learning rate are named. Checkpoints are untouched.
-        ValueError: the loader yields no batch.
+        ValueError: the loader yields no batch, or the model has been trained on other patients, files or settings.
     """
+    noteTraining(model, getattr(loader, 'dataset', None), criterion)
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group['params']):
+        raise ValueError('The optimizer has none of the parameters of the model: make it after the model, from it.')
     if getattr(loader, 'persistent_workers', False):
         print('persistent_workers = True: a resumed run will differ from an uninterrupted one.')
     model.to(memory_format=torch.channels_last).train()
@@ -136,12 +145,15 @@ def train(model, criterion, optimizer, scaler, loader, transform=None):
         scaler.update()
         return loss.detach()
 
+    optimizer.learnRate = float(optimizer.param_groups[0]['lr'])
     rate = ', '.join(f'{group["lr"]:.2e}' for group in optimizer.param_groups)
     return _runEpoch('train', step, loader, device, transform, f' at learning rate {rate}')
 
 
 def validate(model, criterion, loader):
     """Return the loss summed over samples of one epoch, without training.
+
+    A warning names patients of the loader that the model was trained on: their loss does not tell the best epoch.
 
     Args:
         model, criterion, loader: as in `train`.
@@ -153,6 +165,8 @@ def validate(model, criterion, loader):
         FloatingPointError: a loss is not finite; the batch is named.
         ValueError: the loader yields no batch.
     """
+    patients = (identityOf(getattr(loader, 'dataset', None)) or {'patients': {}})['patients']
+    warnOfTrained(trainedAmong(model, patients), len(patients))
     model.to(memory_format=torch.channels_last).eval()  # not in inference_mode: converted there, weights cannot train
 
     def step(image, label):
@@ -171,7 +185,7 @@ def _loss(model, criterion, image, label):
 def _runEpoch(name, step, loader, device, transform=None, remark=''):
     """Return the sum over samples of the losses that `step` returns for each batch."""
     gc.collect()  # an earlier epoch's workers: collected later in a forked worker, they print errors there
-    losses, sizes, total = [], [], None
+    losses, sizes, total, number = [], [], 0.0, 0
     batches = iter(loader)
     try:
         bar = tqdm(batches, name, len(loader), leave=False)
@@ -182,58 +196,65 @@ def _runEpoch(name, step, loader, device, transform=None, remark=''):
             image = image.float().contiguous(memory_format=torch.channels_last)
             losses.append(step(image, label.long()))
             sizes.append(len(image))
-            if number % _CHECK_EVERY == 0 or number == len(loader):
-                values = torch.stack(losses).cpu().double()  # copied first: mps has no float64
-                _checkFinite(name, values, number, len(loader), remark)
-                total = (total or 0.0) + float(values @ torch.tensor(sizes, dtype=torch.float64))
-                bar.set_postfix(loss=f'{values[-1].item():.4f}')
+            if number % _CHECK_EVERY == 0:
+                total += _sumLosses(name, losses, sizes, number, len(loader), remark)
+                bar.set_postfix(loss=f'{losses[-1].item():.4f}')
                 losses, sizes = [], []
+        if losses:  # at the end, and not at batch len(loader): a loader may give fewer
+            total += _sumLosses(name, losses, sizes, number, len(loader), remark)
     finally:
         # after an interrupt the traceback keeps the iterator, and its workers, alive
         if not getattr(loader, 'persistent_workers', False) and hasattr(batches, '_shutdown_workers'):
             batches._shutdown_workers()
-    if total is None:
+    if number == 0:
         raise ValueError(f'{name}: the loader has no batch; are there fewer patches than config.BATCHSIZE?')
     return total
 
 
-def _checkFinite(name, values, number, numBatches, remark):
-    """Raise a FloatingPointError if a loss (n,) is not finite; the last one belongs to batch `number`."""
-    if values.isfinite().all():
-        return
-    first = int((~values.isfinite()).nonzero()[0])
-    raise FloatingPointError(
-        f'{name}: the loss of batch {number - len(values) + 1 + first} of {numBatches} is {values[first].item()}'
-        f'{remark}. The last checkpoint is untouched; a smaller config.LEARN_RATE usually helps.'
-    )
+def _sumLosses(name, losses, sizes, number, numBatches, remark):
+    """Return the sum over samples of some batches' losses; the last one belongs to batch `number`."""
+    values = torch.stack(losses).cpu().double()  # copied first: mps has no float64
+    if not values.isfinite().all():
+        first = int((~values.isfinite()).nonzero()[0])
+        raise FloatingPointError(
+            f'{name}: the loss of batch {number - len(values) + 1 + first} of {numBatches} is {values[first].item()}'
+            f'{remark}. The last checkpoint is untouched; a smaller config.LEARN_RATE, in a new config.OUTPUT_FOLDER, '
+            'usually helps.'
+        )
+    return float(values @ torch.tensor(sizes, dtype=torch.float64))
 
 
 @contextmanager
 def _evaluationMode(model, device):
-    """Move the model to a device and set evaluation mode; restore its mode, not its device, at the end."""
-    wasTraining = model.training
+    """Move the model to a device and set evaluation mode; restore each layer's mode, not the device, at the end."""
+    modes = [(layer, layer.training) for layer in model.modules()]
     model.to(device, memory_format=torch.channels_last).eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(wasTraining)
+        for layer, mode in modes:
+            layer.training = mode
 
 
 def predict(paths, model, transform=None, patchStride=None, device=None, mirror=False, probabilities=False):
     """Segment one patient, slice by slice.
 
+    A model that `train` or a checkpoint gave an `identity` is shown what it was trained on: modalities, stretching and
+    patch size are taken from there, and a warning says where `config` differs.
+
     Args:
         paths: one row of the file list (Series or dict); a segmentation is not needed.
         model: takes float (B, C, H, W), returns logits (B, NO_CLASSES, H, W). It is moved to the device.
-        transform: torchio transform of the whole volume that keeps its shape, default `transforms.volumeTransform()`.
-            Use the one of the training: with another, the model sees intensities it was not trained on.
-        patchStride: pixels between windows of `config.PATCH_SIZE`. Where windows overlap, their probabilities are
+        transform: torchio transform of the whole volume that keeps its shape. None (default): the stretching that the
+            model was trained with, or `transforms.volumeTransform()`.
+        patchStride: pixels between windows of the patch size. Where windows overlap, their probabilities are
             averaged with Gaussian weights; windows without brain are skipped. None (default): the brain's bounding box
             is predicted as a whole, which is faster.
         device: default `config.DEVICE`.
         mirror: average the probabilities of the four flips of each slice; takes four times as long.
-        probabilities: return them too.
+        probabilities: return them too: a softmax, or for a model trained with the focal loss, which treats each class
+            by itself, the sigmoids divided by their sum.
 
     Returns:
         x: float32 (D, C, W, H), the model's input; on the CPU, as all that follows.
@@ -242,15 +263,19 @@ def predict(paths, model, transform=None, patchStride=None, device=None, mirror=
         probability: float32 (D, NO_CLASSES, W, H), only with `probabilities = True`.
 
     Raises:
-        ValueError, FileNotFoundError: bad data, as in `patients.readCase`; the transform changes the shape; the stride
-            leaves pixels out.
+        ValueError, FileNotFoundError: bad data, as in `patients.readCase`; the transform changes the shape, or is not
+            the one of the training; the stride leaves pixels out.
     """
     options = {'patchStride': patchStride, 'device': device, 'mirror': mirror, 'probabilities': probabilities}
-    return _segment(*_prepare(paths, transform), model, **options)
+    way = follow(model, transform)
+    return _segment(*_prepare(paths, way), model, way, **options)
 
 
 def predictAll(df, model, transform=None, **options):
     """Segment the patients of a file list one by one; the next is read while one is predicted.
+
+    A warning names the patients that the model was trained on. A patient whose files cannot be used ends the
+    prediction, or is left out and named, as `config.ON_BAD_PATIENT` says.
 
     Args:
         df: file list.
@@ -263,25 +288,31 @@ def predictAll(df, model, transform=None, **options):
     Raises:
         ValueError, FileNotFoundError: as in `predict`, when the bad patient is reached.
     """
-    rows = [paths for _, paths in df.iterrows()]
+    way, rows = follow(model, transform), [paths for _, paths in df.iterrows()]
+    warnOfTrained(trainedPatients(model, df), len(df))
     with ThreadPoolExecutor(1) as reader:  # decompression releases the interpreter's lock
-        following = reader.submit(_prepare, rows[0], transform) if rows else None
+        following = reader.submit(_prepare, rows[0], way) if rows else None
         for number, patient in enumerate(tqdm(df.index, 'predict', leave=False)):
-            prepared = following.result()
+            prepared, following = following, None
             if number + 1 < len(rows):
-                following = reader.submit(_prepare, rows[number + 1], transform)
-            yield patient, _segment(*prepared, model, **options)
+                following = reader.submit(_prepare, rows[number + 1], way)
+            try:
+                case = prepared.result()
+            except (ValueError, OSError) as error:
+                leaveOut(error, f'{number} of {len(rows)} patients were segmented before.')
+                continue
+            yield patient, _segment(*case, model, way, **options)
 
 
-def _prepare(paths, transform):
+def _prepare(paths, way):
     """Return x (D, C, W, H), y (D, W, H) or None, and the brain mask, bool (D, W, H), of one patient."""
-    image, label = readCase(paths)
+    image, label = readCase(paths, way.modalities)
     isBrain = torch.from_numpy(maskFunction(image).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
-    x, y = transformVolume(image, label, transform, patientOf(paths))
+    x, y = transformVolume(image, label, way.transform, patientOf(paths))
     return x, None if y is None else y.long(), isBrain
 
 
-def _segment(x, y, isBrain, model, patchStride=None, device=None, mirror=False, probabilities=False):
+def _segment(x, y, isBrain, model, way, patchStride=None, device=None, mirror=False, probabilities=False):
     """Return what `predict` returns, from what `_prepare` returns."""
     device = torch.device(device or config.DEVICE)
     yhat = torch.zeros(isBrain.shape, dtype=torch.int64)
@@ -289,9 +320,11 @@ def _segment(x, y, isBrain, model, patchStride=None, device=None, mirror=False, 
     if probabilities:
         probability[:, 0] = 1
     if isBrain.any():
-        box, starts, size = _planWindows(isBrain, patchStride)
+        multiple = getattr(getattr(model, 'encoder', None), 'output_stride', 2**config.ENCODER_DEPTH)
+        box, starts, size = _planWindows(isBrain, patchStride, way.patchSize, multiple)
+        ask = partial(_probabilities, model, mirror=mirror, activation=way.activation)
         with _evaluationMode(model, device):
-            for slices, values in _predictSlices(x[:, :, *box], isBrain[:, *box], starts, size, model, device, mirror):
+            for slices, values in _predictSlices(x[:, :, *box], isBrain[:, *box], starts, size, ask, device):
                 # on the device: less is copied; argmax takes ten times as long as max
                 yhat[slices, *box] = values.max(1).indices.cpu()
                 if probabilities:
@@ -299,18 +332,20 @@ def _segment(x, y, isBrain, model, patchStride=None, device=None, mirror=False, 
     return (x, y, yhat, probability) if probabilities else (x, y, yhat)
 
 
-def _planWindows(isBrain, patchStride):
-    """Return the part of each slice to predict (two slice objects), the windows' starts in it, and their size."""
+def _planWindows(isBrain, patchStride, patchSize, multiple):
+    """Return the part of each slice to predict (two slice objects), the windows' starts in it, and their size.
+
+    Without a stride, the size is a multiple of `multiple`: the encoder halves its input several times.
+    """
     if patchStride is not None:
-        rows, columns = (windowStarts(length, config.PATCH_SIZE, patchStride) for length in isBrain.shape[1:])
+        rows, columns = (windowStarts(length, patchSize, patchStride) for length in isBrain.shape[1:])
         starts = [(int(row), int(column)) for row in rows for column in columns]
-        return (slice(None), slice(None)), starts, (config.PATCH_SIZE, config.PATCH_SIZE)
+        return (slice(None), slice(None)), starts, (patchSize, patchSize)
     [box] = ndimage.find_objects(isBrain.any(0).numpy().astype(np.uint8))
-    multiple = 2**config.ENCODER_DEPTH  # the encoder halves its input so often
     return box, [(0, 0)], tuple(math.ceil((part.stop - part.start) / multiple) * multiple for part in box)
 
 
-def _predictSlices(x, isBrain, starts, size, model, device, mirror):
+def _predictSlices(x, isBrain, starts, size, ask, device):
     """Yield the numbers (S,) and probabilities (S, K, W, H) of a few slices at a time, for all slices with brain.
 
     Slices are grouped until their windows with brain fill a batch, so memory does not grow with the patient.
@@ -323,14 +358,17 @@ def _predictSlices(x, isBrain, starts, size, model, device, mirror):
             (number, row, column) for row, column in starts if mask[row : row + height, column : column + width].any()
         ]
         if group and windows and len(group) + len(windows) > batchSize:
-            yield _averageWindows(x, group, size, batchSize, model, device, mirror)
+            yield _averageWindows(x, group, size, batchSize, ask, device)
             group = []
         group += windows
-    yield _averageWindows(x, group, size, batchSize, model, device, mirror)
+    yield _averageWindows(x, group, size, batchSize, ask, device)
 
 
-def _averageWindows(x, windows, size, batchSize, model, device, mirror):
-    """Return the slices of some windows and their probabilities, a weighted mean where windows overlap."""
+def _averageWindows(x, windows, size, batchSize, ask, device):
+    """Return the slices of some windows and their probabilities, a weighted mean where windows overlap.
+
+    `ask` takes patches (B, C, H, W) and returns their probabilities (B, K, H, W).
+    """
     (height, width), shape = size, x.shape[2:]
     slices = sorted({number for number, _, _ in windows})
     padded = [max(max(window[axis] + size[axis - 1] for window in windows), shape[axis - 1]) for axis in (1, 2)]
@@ -347,7 +385,7 @@ def _averageWindows(x, windows, size, batchSize, model, device, mirror):
             for number, row, column in windows[first : first + batchSize]
         ]
         patches = torch.stack([image[number, :, rows, columns] for number, rows, columns in places])
-        for (number, rows, columns), values in zip(places, _probabilities(model, patches, mirror), strict=True):
+        for (number, rows, columns), values in zip(places, ask(patches), strict=True):
             total[number, :, rows, columns] += weight * values
             weights[number, :, rows, columns] += weight
     total /= weights.clamp_min(torch.finfo(torch.float32).tiny)
@@ -368,7 +406,7 @@ def _gaussian(height, width):
     return torch.outer(*sides).clamp_min(1e-3)
 
 
-def _probabilities(model, patches, mirror):
+def _probabilities(model, patches, mirror, activation):
     """Return probabilities float32 (B, K, H, W) of patches (B, C, H, W); with `mirror` the mean over four flips."""
     patches = patches.contiguous(memory_format=torch.channels_last)
     flips = [(), (2,), (3,), (2, 3)] if mirror else [()]
@@ -376,5 +414,7 @@ def _probabilities(model, patches, mirror):
     for axes in flips:
         with _autocast(patches.device):
             logits = model(patches.flip(axes) if axes else patches)
-        total = total + (logits.flip(axes) if axes else logits).float().softmax(1)
+        logits = (logits.flip(axes) if axes else logits).float()
+        # the sigmoids of a one-vs-rest loss need not sum to 1
+        total = total + (normalize(logits.sigmoid(), 1, 1) if activation == 'sigmoid' else logits.softmax(1))
     return total / len(flips)

@@ -74,7 +74,8 @@ def makeFileList(folder=None):
 
     Args:
         folder: folder to search, at any depth; default `config.DATA_FOLDER`. Hidden files (`._*`, `.DS_Store`), files
-            not named like a modality or a segmentation, and subfolders named `phantoms` are ignored.
+            not named like a modality or a segmentation, segmentations without an image, and subfolders named
+            `phantoms` are ignored.
 
     Returns:
         DataFrame indexed by patient id, sorted, with the columns `t1`, `t1ce`, `t2`, `flair`, `seg`: paths (str), or
@@ -100,6 +101,8 @@ def makeFileList(folder=None):
             if row[column] is not None:
                 raise ValueError(f'Patient {patient} has {column} twice: {row[column]} and {path}. Keep one of them.')
             row[column] = str(path)
+    for patient in [name for name, row in rows.items() if not any(row[column] for column in COLUMNS[:-1])]:
+        print(f'{rows.pop(patient)["seg"]} is ignored: {patient} has no image.')
     if not rows:
         raise FileNotFoundError(
             f'No patient below {folder}. Expected files like BraTS20_Training_001_t1ce.nii.gz or '
@@ -138,7 +141,7 @@ def _detectEdition(path):
     `config.EDITION` decides between editions with the same file names, and for names of no known edition.
 
     Raises:
-        ValueError: the name ends like a modality or segmentation, fits no edition, and none is declared.
+        ValueError: the name ends like a modality, fits no edition, and none is declared.
     """
     declared = config.EDITION
     if declared is not None and declared not in EDITIONS:
@@ -150,8 +153,9 @@ def _detectEdition(path):
     if declared is not None:
         parsed = EDITIONS[declared].parse(path, anyPatient=True)
         return parsed and (declared, *parsed)
-    # the Decathlon's folders have the same names for other organs: an unknown name there is no patient's
-    if any(edition.parse(path, anyPatient=True) for edition in EDITIONS.values() if not edition.channels):
+    # the Decathlon's folders have the same names for other organs, and any program may write a seg: no patient's
+    unknown = [edition.parse(path, anyPatient=True) for edition in EDITIONS.values() if not edition.channels]
+    if any(parsed and parsed[1] != ('seg',) for parsed in unknown):
         raise ValueError(f'{path}: {_UNDETECTED}')
     return None
 
@@ -192,7 +196,7 @@ def fileOf(paths, column):
         FileNotFoundError: the row has no path in the column, or the file does not exist.
     """
     if not hasFile(paths, column):
-        raise FileNotFoundError(f'{patientOf(paths)}: no file for the modality {column} of config.MODALITIES.')
+        raise FileNotFoundError(f'{patientOf(paths)}: no file for the modality {column}.')
     if not Path(paths[column]).is_file():
         raise FileNotFoundError(f'{patientOf(paths)}: {paths[column]} does not exist.')
     return Path(paths[column])
@@ -204,23 +208,24 @@ def patientOf(paths):
     return str(name) if name is not None else Path(next(paths[c] for c in COLUMNS if hasFile(paths, c))).parent.name
 
 
-def readCase(paths):
+def readCase(paths, modalities=None):
     """Return the image and the classes of one patient.
 
     Args:
         paths: one row of the file list (Series or dict).
+        modalities: the channels in order, default `config.MODALITIES`.
 
     Returns:
-        image: float32 (C, W, H, D), intensities as in the files, one channel per entry of `config.MODALITIES`. The axes
-            point to the patient's right, front and top (RAS+), whatever the order in the files.
+        image: float32 (C, W, H, D), intensities as in the files. The axes point to the patient's right, front and top
+            (RAS+), whatever the order in the files.
         label: uint8 (W, H, D), classes 0 to 3 by the edition's table; None if the patient has no segmentation.
 
     Raises:
-        FileNotFoundError: a modality of `config.MODALITIES` is missing.
+        FileNotFoundError: a modality is missing.
         ValueError: a file cannot be read, is not 3-D, has values that are not finite or beyond 1e6, lies on another
             grid than the first modality, or has a label unknown to its edition. Patient and file are named.
     """
-    label, *volumes = readVolumes(paths)
+    label, *volumes = readVolumes(paths, modalities)
     # memory order of the files (first axis fastest): transposing takes longer than reading
     image = np.empty((len(volumes), *volumes[0].shape[::-1]), np.float32).transpose(0, 3, 2, 1)
     for channel, volume in zip(image, volumes, strict=True):
@@ -228,7 +233,7 @@ def readCase(paths):
     return image, None if label is None else np.asfortranarray(label)
 
 
-def readVolumes(paths):
+def readVolumes(paths, modalities=None):
     """Yield what `readCase` returns one by one: the label or None, then each modality in its file's dtype.
 
     Each volume is read when it is requested and not kept here: reading into memory that was just released takes two
@@ -238,11 +243,12 @@ def readVolumes(paths):
         FileNotFoundError, ValueError: as `readCase`.
     """
     patient, opened, label = patientOf(paths), {}, None
+    modalities = config.MODALITIES if modalities is None else modalities
     try:
         channels = EDITIONS[detectEdition(paths)].channels or {}
     except ValueError:
         channels = {}  # unknown edition: matters only if there are labels
-    files = [(modality, fileOf(paths, modality)) for modality in config.MODALITIES]
+    files = [(modality, fileOf(paths, modality)) for modality in modalities]
     grids = {}
     if hasFile(paths, 'seg'):
         volume, affine = readVolume(paths['seg'], patient)
@@ -255,7 +261,7 @@ def readVolumes(paths):
         grids[modality] = volume.shape, affine
         for other in ('seg', modality):
             if other in grids:
-                checkGrid(paths, other, *grids[other], *grids[config.MODALITIES[0]])
+                checkGrid(paths, other, *grids[other], modalities[0], *grids[modalities[0]])
         yield volume
         del volume
 
@@ -272,11 +278,6 @@ def spacingOf(paths):
     turned = affine @ nib.orientations.inv_ornt_aff(nib.io_orientation(affine), (1, 1, 1))
     width, height, depth = nib.affines.voxel_sizes(turned)
     return tuple(float(size) for size in (depth, width, height))
-
-
-def axisOrder(path):
-    """Return where the axes of a NIfTI file point, for example 'LPS': to the left, the back (posterior) and the top."""
-    return ''.join(nib.aff2axcodes(nib.load(path).affine))
 
 
 def readVolume(path, patient, channel=None, opened=None):
@@ -343,17 +344,15 @@ def _decompress(nifti, path, dimensions):
     return np.asanyarray(nifti.dataobj).reshape(shape)
 
 
-def checkGrid(paths, column, shape, affine, expectedShape, expectedAffine):
-    """Raise a ValueError if a volume lies on another grid than the first modality, by more than half a voxel."""
+def checkGrid(paths, column, shape, affine, first, firstShape, firstAffine):
+    """Raise a ValueError if a volume lies on another grid than the column `first`, by more than half a voxel."""
     where = f'{patientOf(paths)}: {paths[column]}'
-    if shape != expectedShape:
-        raise ValueError(f'{where} has {shape} voxels, {config.MODALITIES[0]} has {expectedShape}.')
+    if shape != firstShape:
+        raise ValueError(f'{where} has {shape} voxels, {first} has {firstShape}.')
     corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])])
-    distance = np.abs(corners @ (affine - expectedAffine).T).max()
-    if not distance <= 0.5 * np.linalg.norm(expectedAffine[:3, :3], axis=0).min():
-        raise ValueError(
-            f'{where} lies up to {distance:.1f} mm away from {config.MODALITIES[0]}; their affines must agree.'
-        )
+    distance = np.abs(corners @ (affine - firstAffine).T).max()
+    if not distance <= 0.5 * np.linalg.norm(firstAffine[:3, :3], axis=0).min():
+        raise ValueError(f'{where} lies up to {distance:.1f} mm away from {first}; their affines must agree.')
 
 
 def toClasses(volume, paths, edition=None):
@@ -407,13 +406,10 @@ def maskFunction(x):
 
 
 def alongMemory(array):
-    """Return two functions: one that views an array with its axes in memory order, and its inverse.
+    """Return two functions: one that views arrays with their axes in this one's memory order, and its inverse.
 
     In files the first axis is the fastest, and some axes run backwards. NumPy's boolean masks are twice as fast if the
     last axis is the fastest and runs forwards.
-
-    Args:
-        array: the array whose strides decide the order. Both functions take arrays with the same axes.
     """
     forwards = tuple(slice(None, None, -1 if step < 0 else 1) for step in array.strides)
     order = np.argsort([-abs(step) for step in array.strides], kind='stable')

@@ -18,6 +18,7 @@ HALF = (80, 98, 77)  # mm from the middle of the box that the head may reach
 STEP = 2  # mm between the grid points where anatomy is computed; voxels are interpolated
 SMALLEST = 16  # voxels along an axis; in fewer, an enhancing rim does not fit around the core
 
+MARK = b'phantom'  # in the header of each file
 MODALITIES = ('t1', 't1ce', 't2', 'flair')
 # Intensity in each modality, relative to white matter in T1. Where tissues overlap, the first in this list is seen.
 TISSUES = {
@@ -63,30 +64,30 @@ def makeCases(folder, n, seed=0, shape=BOX):
     2 and 4. The contrasts are plausible but not physical: phantoms test code, they do not evaluate a method.
 
     Args:
-        folder: folder to write to, made if missing. Files of the same names are overwritten; other files stay.
+        folder: folder to write to, made if missing. Phantoms of the same ids are replaced.
         n: number of patients, at least 1. A patient of full size takes some seconds and 10 MB.
         seed: whole number, at least 0. Patient i of a seed does not depend on n.
-        shape: voxels toward the patient's left, back and top, at least 16 each. A smaller shape shows the same head in
-            less detail; the header says 1 mm at every shape.
+        shape: voxels to the left, back and top, at least 16 each; fewer show the same head in less detail, all as 1 mm.
 
     Returns:
         list of the n patient ids, `BraTS20_Training_001` and following.
 
     Raises:
-        ValueError: n is below 1, the seed is negative, or the shape is not three whole numbers of at least 16.
+        ValueError: a number is too small, or the folder has other patients, or more phantoms of an earlier call.
     """
-    if n < 1:
-        raise ValueError(f'n is {n}; at least 1 patient was expected.')
-    if seed < 0:
-        raise ValueError(f'seed is {seed}; a whole number of at least 0 was expected.')
+    if n < 1 or seed < 0:
+        raise ValueError(f'n is {n}, seed {seed}; at least 1 patient and a seed of at least 0 were expected.')
     if len(shape) != 3 or any(int(length) != length or length < SMALLEST for length in shape):
         raise ValueError(f'shape is {tuple(shape)}; three whole numbers of at least {SMALLEST} were expected.')
     folder, shape = Path(folder), tuple(int(length) for length in shape)
     ids = [f'BraTS20_Training_{i:03d}' for i in range(1, n + 1)]
+    files = [*folder.glob('*/*.nii'), *folder.glob('*/*.nii.gz')]
+    others = [file for file in files if file.parent.name not in ids or nib.load(file).header['descrip'] != MARK]
+    if others:
+        raise ValueError(f'{folder} has files of other patients, such as {others[0].name}: choose another folder.')
     isLowGrade = [i % 5 == 4 for i in range(1, n + 1)]
     for i, patient in enumerate(tqdm(ids, desc='phantoms', leave=False, disable=n == 1)):
-        volumes = _makePatient(np.random.default_rng([seed, i + 1]), shape, not isLowGrade[i])
-        for suffix, volume in volumes.items():
+        for suffix, volume in _makePatient(np.random.default_rng([seed, i + 1]), shape, not isLowGrade[i]).items():
             _writeVolume(volume, folder / patient / f'{patient}_{suffix}.nii.gz')
     _writeMapping(ids, isLowGrade, folder / 'name_mapping.csv')
     return ids
@@ -292,8 +293,7 @@ def _drawTumorFields(rng, atlas, head, foci):
     return {
         'edema': distance * np.exp(0.22 * ragged + 0.12 * coarse) + 0.05 * fine,
         'core': distance * np.exp(0.16 * coarse + 0.07 * fine) + 0.02 * fine,
-        # close to the core, so that a rim remains
-        'necrosis': distance * np.exp(0.16 * coarse + 0.12 * _drawNoise(rng, atlas, 7)),
+        'necrosis': distance * np.exp(0.16 * coarse + 0.12 * _drawNoise(rng, atlas, 7)),  # a rim remains around it
         'patchy': _drawNoise(rng, atlas, 6),
     }
 
@@ -403,11 +403,11 @@ def _simulateScan(rng, values, brain, atlas, matrices, voxelSize):
 
 def _writeVolume(volume, file):
     """Write a NIfTI with BraTS's affine (axes left, back, top; 1 mm); equal volumes give equal bytes."""
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    affine[1, 3] = volume.shape[1] - 1
+    affine = np.array([[-1.0, 0, 0, 0], [0, -1, 0, volume.shape[1] - 1], [0, 0, 1, 0], [0, 0, 0, 1]])
     image = nib.Nifti1Image(volume, affine)
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
+    image.header['descrip'] = MARK
     with writeAtomically(file) as part:
         part.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 

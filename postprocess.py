@@ -1,10 +1,10 @@
-"""Turn a prediction into what is written and scored: small components, NIfTI files, folders."""
+"""Write predictions as NIfTI files, score folders of them; and re-export the rules against small components."""
 
 import gzip
 import json
 import platform
+import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -17,218 +17,25 @@ from tqdm.auto import tqdm
 import config
 import metrics
 from atomic import writeAtomically
+from components import Tuning, applyRules, kindOf, relabelSmallET, removeSmallComponents, tunePostprocessing
 from engine import predictAll
-from metrics.counts import asClasses, asSpacing, asVolumes, boundingBox
-from metrics.lesions import labelComponents, matchLesions
+from identity import trainedAmong, trainedPatients
+from parallel import leaveOut
 from patients import EDITIONS, checkGrid, detectEdition, hasFile, readVolume, spacingOf, toClasses
 
-
-def removeSmallComponents(yhat, ml, spacing=(1, 1, 1)):
-    """Return the prediction without its small components of tumor, which become background.
-
-    Args:
-        yhat: tensor or array of integers, classes 0 to 3, one patient; it is not changed.
-        ml: 26-connected components of the whole tumor below this volume in ml (1 ml = 1000 mm3) are removed, even if no
-            other is left; 0 removes none. `tunePostprocessing` finds a value.
-        spacing: mm between voxels along each axis.
-
-    Returns:
-        copy of yhat, tensor or array as given.
-
-    Raises:
-        ValueError: not classes, a negative ml, or a spacing that does not fit.
-    """
-    if ml < 0:
-        raise ValueError(f'ml is {ml}; 0 ml or more was expected.')
-    classes = asClasses(yhat, 'yhat')
-    voxel = np.prod(asSpacing(spacing, classes.ndim)) / 1000  # ml
-    box = boundingBox(classes)
-    components, _ = labelComponents(classes[box])
-    isSmall = np.bincount(components.ravel(), minlength=1) * voxel < ml
-    removed = np.zeros(classes.shape, bool)
-    removed[box] = isSmall[components]
-    return _replace(yhat, removed, 0)
-
-
-def relabelSmallET(yhat, N):
-    """Return the prediction with its enhancing tumor relabelled as necrotic core if it is smaller than N voxels.
-
-    Args:
-        yhat: tensor or array of integers, classes 0 to 3, one patient; it is not changed.
-        N: number of voxels; 0 changes nothing. `tunePostprocessing` finds a value.
-
-    Returns:
-        copy of yhat, tensor or array as given.
-
-    Raises:
-        ValueError: not classes, or a negative N.
-
-    Reference:
-        The winner of BraTS 2020 (arXiv:2011.00848) used N = 200.
-    """
-    if N < 0:
-        raise ValueError(f'N is {N}; 0 voxels or more were expected.')
-    isEnhancing = np.isin(asClasses(yhat, 'yhat'), config.REGIONS['ET'])
-    if isEnhancing.sum() >= N:
-        isEnhancing[:] = False
-    return _replace(yhat, isEnhancing, config.REGIONS['NCR'][0])
-
-
-def _replace(yhat, mask, value):
-    """Return a copy of a tensor or array with a value where the mask (array) is True."""
-    if isinstance(yhat, torch.Tensor):
-        return yhat.masked_fill(torch.from_numpy(mask).to(yhat.device), value)
-    out = np.array(yhat)
-    out[mask] = value
-    return out
-
-
-class Tuning(NamedTuple):
-    """The result of `tunePostprocessing`.
-
-    Attributes:
-        N: the best number of voxels for `relabelSmallET`.
-        ml: the best volume for `removeSmallComponents`, in ml.
-        curve: DataFrame with the columns `rule` ('ml' or 'N'), `value` (ml or voxels), `score` (mean over patients: the
-            lesion-wise Dice of WT for 'ml', the Dice of ET for 'N'), `gained` and `lost` (patients with a better or
-            worse score than at value 0). A score holds up to the next row's value.
-        withoutET: number of patients without enhancing tumor in truth.
-        gained: how many of those the best N lifts from Dice 0 to 1; no other patient can gain.
-        lost: number of patients with enhancing tumor whose score falls at the best N.
-    """
-
-    N: int
-    ml: float
-    curve: pd.DataFrame
-    withoutET: int
-    gained: int
-    lost: int
-
-
-def tunePostprocessing(predictions, spacing=(1, 1, 1)):
-    """Find the ml of `removeSmallComponents` and then the N of `relabelSmallET` that score best.
-
-    ml maximises the mean lesion-wise Dice of WT (rules of 2023), in which a false positive component counts as much as
-    a lesion; the ordinary Dice hardly changes with it. N maximises the mean Dice of ET, with the rules for empty
-    regions, after small components were removed. Every value that changes a prediction is tried. Of equally good values
-    the smallest is taken, so 0 means that the rule does not help. Apply the rules in the same order.
-
-    Args:
-        predictions: dict of patient to (y, yhat) as `engine.predict` returns them, of validation or out-of-fold
-            patients. Not of test patients: their scores would no longer be a test.
-        spacing: mm between voxels along each axis, the same for all patients.
-
-    Returns:
-        Tuning.
-
-    Raises:
-        ValueError: no patients, or bad input as in `metrics.scoreLesions`.
-    """
-    if not predictions:
-        raise ValueError('There are no predictions to tune on; at least one patient was expected.')
-    voxel = float(np.prod(asSpacing(spacing, 3))) / 1000  # ml
-    patients = [_summarizeComponents(*asVolumes(*pair), spacing) for pair in predictions.values()]
-    volumes = _traceCurve([_scoreRemoval(patient) for patient in patients])
-    removed = _bestOf(volumes)
-    numbers = _traceCurve([_scoreRelabelling(patient, removed) for patient in patients])
-    relabelled = _bestOf(numbers)
-    # a component of n voxels is below the volume of n + 1/2, whatever the rounding; n voxels are fewer than n + 1
-    volumes['value'] = np.where(volumes['size'] > 0, (volumes['size'] + 0.5) * voxel, 0.0)
-    numbers['value'] = np.where(numbers['size'] > 0, numbers['size'] + 1, 0)
-    curve = pd.concat([volumes.assign(rule='ml'), numbers.assign(rule='N')], ignore_index=True)
-    best = numbers.set_index('size').loc[relabelled]
-    return Tuning(
-        N=int(best['value']),
-        ml=float(volumes.set_index('size').loc[removed, 'value']),
-        curve=curve[['rule', 'value', 'score', 'gained', 'lost']],
-        withoutET=sum(patient.trueET == 0 for patient in patients),
-        gained=int(best['gained']),
-        lost=int(best['lost']),
-    )
-
-
-class _Summary(NamedTuple):
-    """What the rules need to know of a patient with C predicted components and L scored lesions of WT, in voxels."""
-
-    sizes: np.ndarray  # (C,)
-    enhancing: np.ndarray  # (C,), predicted ET of each component
-    truePositiveET: np.ndarray  # (C,), of that, ET in truth
-    trueET: int
-    lesionSizes: np.ndarray  # (L,)
-    isMatched: np.ndarray  # (L, C)
-    overlap: np.ndarray  # (L, C)
-    isFalsePositive: np.ndarray  # (C,), matches no lesion, scored or not
-
-
-def _summarizeComponents(y, yhat, spacing):
-    """Return the _Summary of one patient."""
-    match = matchLesions(y > 0, yhat > 0, spacing)
-    isTrue, isPredicted = (np.isin(classes[match.box], config.REGIONS['ET']) for classes in (y, yhat))
-    shape = np.array(match.isMatched.shape) + 1
-    pairs = match.lesions.astype(np.int64) * shape[1] + match.components
-    overlap = np.bincount(pairs.ravel(), minlength=shape.prod()).reshape(shape)[1:, 1:]
-
-    def count(mask):
-        return np.bincount(match.components[mask], minlength=shape[1])[1:]
-
-    return _Summary(
-        sizes=match.componentSizes,
-        enhancing=count(isPredicted),
-        truePositiveET=count(isPredicted & isTrue),
-        trueET=int(isTrue.sum()),
-        lesionSizes=match.lesionSizes[match.isScored],
-        isMatched=match.isMatched[match.isScored],
-        overlap=overlap[match.isScored],
-        isFalsePositive=~match.isMatched.any(0),
-    )
-
-
-def _scoreRemoval(patient):
-    """Return the sizes (K,) of a patient's components and the lesion-wise Dice (K + 1,) with 0, 1, ... K removed."""
-    sizes = np.unique(patient.sizes)
-    scores = []
-    for size in [0, *sizes]:
-        isLeft = patient.sizes > size
-        isMatched = patient.isMatched & isLeft
-        predicted = isMatched @ patient.sizes  # voxels of the components left to each lesion
-        dice = 2 * (patient.overlap * isMatched).sum(1) / (patient.lesionSizes + predicted)
-        count = len(dice) + (patient.isFalsePositive & isLeft).sum()
-        scores.append(dice.sum() / count if count else 1.0)
-    return sizes, scores
-
-
-def _scoreRelabelling(patient, removed):
-    """Return a patient's ET voxels (1,) without components of up to `removed` voxels, and the Dice with and without."""
-    isLeft = patient.sizes > removed
-    predicted, truePositive = patient.enhancing[isLeft].sum(), patient.truePositiveET[isLeft].sum()
-    total = predicted + patient.trueET
-    return np.array([predicted]), [2 * truePositive / total if total else 1.0, float(patient.trueET == 0)]
-
-
-def _traceCurve(steps):
-    """Return the mean score over patients at every size at which a patient's score may change.
-
-    Args:
-        steps: for each patient, ascending sizes (K,) and scores (K + 1,): the first score is without any removal, the
-            next with the first size removed, and so on.
-
-    Returns:
-        DataFrame with the columns `size` (0 first), `score`, `gained`, `lost` (patients, compared with size 0).
-    """
-    sizes = np.unique(np.concatenate([[0], *(changes for changes, _ in steps)]))
-    score, gained, lost = np.zeros((3, len(sizes)))
-    for changes, values in steps:
-        scores = np.asarray(values)[np.searchsorted(changes, sizes, side='right')]
-        score += scores
-        gained += scores > values[0] + 1e-12
-        lost += scores < values[0] - 1e-12
-    gained, lost = gained.astype(int), lost.astype(int)
-    return pd.DataFrame({'size': sizes, 'score': score / len(steps), 'gained': gained, 'lost': lost})
-
-
-def _bestOf(curve):
-    """Return the smallest size with the best score; differences below 1e-12 are rounding."""
-    return int(curve['size'][curve['score'] >= curve['score'].max() - 1e-12].iloc[0])
+__all__ = [
+    'Tuning',
+    'applyRules',
+    'predictFolder',
+    'readPrediction',
+    'relabelSmallET',
+    'removeSmallComponents',
+    'saveProbabilities',
+    'saveSegmentation',
+    'scoreFolder',
+    'tunePostprocessing',
+    'writeScores',
+]
 
 
 def saveSegmentation(yhat, paths, file):
@@ -299,77 +106,147 @@ _GRID_FIELDS = (
 )  # fmt: skip
 
 
-def predictFolder(df, model, folder, transform=None, ml=0.0, N=0, probabilities=False, **options):
+def predictFolder(df, model, folder, transform=None, rules=None, probabilities=False, **options):
     """Predict the patients of a file list into a folder, for upload and for tables.
+
+    Patients that the model was trained on are segmented, but not scored. What is finished stays in the folder, whatever
+    happens next.
 
     Args:
         df: file list.
         model, transform: as in `engine.predict`.
         folder: gets `upload/<patient>.nii.gz` on each patient's grid in its edition's labels, `scores.csv`,
             `settings.json` and, with probabilities, `maps/<patient>.nii.gz` and `maps/<patient>_entropy.nii.gz`.
-        ml, N: rules against small components, for `removeSmallComponents` and `relabelSmallET`; tune them on validation
-            patients with `tunePostprocessing`.
+        rules: against small components, from `tunePostprocessing` on validation patients; None: none.
         probabilities: write the probabilities and their entropy too.
         **options: `patchStride`, `device`, `mirror` as in `engine.predict`.
 
     Returns:
-        DataFrame as `metrics.scoreTable` returns it; empty if no patient has a segmentation.
+        DataFrame as `metrics.scoreTable` returns it; empty if no patient can be scored.
+
+    Raises:
+        ValueError: the folder holds segmentations by other weights, options or rules; or as `engine.predictAll` and
+            `applyRules`.
     """
-    folder, scores = Path(folder), {}
+    folder, scores, kind = Path(folder), {}, kindOf(**options)
+    trained = trainedPatients(model, df)
+    made = {'weights': _checksumOfWeights(model), 'kind': kind, 'rules': _plainRules(rules)}
+    _refuseOthers(folder, made)
+    about = {**made, 'trainedOn': trained, **options}
+    _writeSettings(folder, about)
     for patient, (_, y, yhat, *probability) in predictAll(df, model, transform, probabilities=probabilities, **options):
         paths = df.loc[patient]
         spacing = spacingOf(paths)
-        yhat = relabelSmallET(removeSmallComponents(yhat, ml, spacing), N)
+        yhat = applyRules(yhat, rules, spacing, kind)
         saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz')
         if probabilities:
             saveProbabilities(*probability, paths, folder / 'maps' / f'{patient}.nii.gz')
-        if y is not None:
+        if y is not None and patient not in trained:
             scores[patient] = metrics.scorePatient(y, yhat, spacing)
-            writeScores(scores, folder, ml=ml, N=N, **options)  # kept, whatever happens next
-    return writeScores(scores, folder, ml=ml, N=N, **options)
+            _writeTable(scores, folder, about)
+    return _writeTable(scores, folder, about)
 
 
-def writeScores(scores, folder, **settings):
+def _checksumOfWeights(model):
+    """Return a checksum of a model's weights and buffers."""
+    value = 0
+    for _, tensor in sorted(model.state_dict().items()):
+        value = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+    return f'{value:08x}'
+
+
+def _plainRules(rules):
+    return None if rules is None else {'ml': rules.ml, 'N': rules.N}
+
+
+def _refuseOthers(folder, made):
+    """Raise a ValueError if a folder holds segmentations that were made otherwise than `made` says."""
+    before = readSettings(folder).get('prediction', {})
+    differing = [name for name in made if before.get(name, made[name]) != made[name]]
+    if differing and any((folder / 'upload').glob('*.nii*')):
+        raise ValueError(
+            f'{folder} holds segmentations with other {" and ".join(differing)}. Choose another folder, or delete it.'
+        )
+
+
+def readSettings(folder):
+    """Return the content of the `settings.json` of a folder of predictions, or of the folder above it; {} if none."""
+    for place in (Path(folder), Path(folder).parent):
+        if (place / 'settings.json').is_file():
+            return json.loads((place / 'settings.json').read_text())
+    return {}
+
+
+def writeScores(scores, folder, model=None, **options):
     """Write `scores.csv` and `settings.json` into a folder.
 
     Args:
         scores: dict of patient to the table of `metrics.scorePatient`.
         folder: folder to write to; made if missing.
-        **settings: what else the scores depend on, besides `config` and the versions of the libraries.
+        model: that made the predictions. Patients that it was trained on are left out of the table and named.
+        **options: `patchStride` and `mirror` of the prediction, and what else the scores depend on.
 
     Returns:
         DataFrame: `metrics.scoreTable(scores)`.
     """
+    trained = trainedAmong(model, scores)
+    if trained:
+        print(f'Not scored, because the model was trained on them: {", ".join(trained)}.')
+    about = {'kind': kindOf(**options), 'rules': None, 'trainedOn': trained, **options}
+    return _writeTable({patient: scores[patient] for patient in scores if patient not in trained}, folder, about)
+
+
+def _writeTable(scores, folder, about):
+    """Write the table of some scores and what they depend on, as `writeScores` does, and return the table."""
     table = metrics.scoreTable(scores) if scores else pd.DataFrame(columns=['patient', 'region'])
     with writeAtomically(Path(folder) / 'scores.csv') as part:
         table.to_csv(part, index=False)
-    numbers = {name: value for name, value in vars(config).items() if name.isupper() and not name.startswith('_')}
-    versions = {'python': platform.python_version(), 'torch': torch.__version__}
-    versions |= {'torchio': tio.__version__, 'segmentation_models_pytorch': smp.__version__}
-    with writeAtomically(Path(folder) / 'settings.json') as part:
-        part.write_text(
-            json.dumps({'prediction': settings, 'config': numbers, 'versions': versions}, indent=1, default=str)
-        )
+    _writeSettings(folder, about)
     return table
 
 
-def scoreFolder(df, folder):
+def _writeSettings(folder, about):
+    """Write `settings.json`: how predictions were made, the values of `config`, and versions of libraries."""
+    names = [name for name in dir(config) if name.isupper() and not name.startswith('_')]
+    isSet = {name: name in vars(config) for name in names}
+    versions = {'python': platform.python_version(), 'torch': torch.__version__}
+    versions |= {'torchio': tio.__version__, 'segmentation_models_pytorch': smp.__version__}
+    settings = {
+        'prediction': about,
+        'config': {name: getattr(config, name) for name in names if isSet[name]},
+        'found': {name: getattr(config, name) for name in names if not isSet[name]},
+        'versions': versions,
+    }
+    with writeAtomically(Path(folder) / 'settings.json') as part:
+        part.write_text(json.dumps(settings, indent=1, default=str))
+
+
+def scoreFolder(df, folder, rules=None):
     """Score a folder of segmentations that any program wrote, by the rules of `metrics.scorePatient`.
 
     Args:
-        df: file list of the patients with their true segmentations; patients without one are left out and counted.
+        df: file list of the patients with their true segmentations; patients without one are left out and counted, and
+            so are those that the model was trained on, if `predictFolder` or `writeScores` has noted them.
         folder: holds `<patient>.nii.gz` or `.nii` for each patient, as `readPrediction` reads it.
+        rules: against small components, from `tunePostprocessing`, applied before scoring.
 
     Returns:
         DataFrame as `metrics.scoreTable` returns it.
 
     Raises:
         FileNotFoundError: predictions are missing; nothing is scored, because a mean over the others would mislead.
-        ValueError: a prediction cannot be read, lies on another grid or has other labels.
+        ValueError: a prediction cannot be read, lies on another grid or has other labels; a truth cannot be used and
+            `config.ON_BAD_PATIENT` is 'stop'; the rules do not fit the predictions, or were applied already.
     """
+    about = readSettings(folder).get('prediction', {})
+    if rules is not None and about.get('rules'):
+        raise ValueError(f'The segmentations in {folder} have rules applied already: {about["rules"]}.')
     rows = {patient: paths for patient, paths in df.iterrows() if hasFile(paths, 'seg')}
     if len(rows) < len(df):
         print(f'{len(df) - len(rows)} of {len(df)} patients have no true segmentation and are not scored.')
+    trained = [rows.pop(patient).name for patient in about.get('trainedOn', ()) if patient in rows]
+    if trained:
+        print(f'Not scored, because the model was trained on them: {", ".join(trained)}.')
     missing = [patient for patient in rows if _findPrediction(patient, folder) is None]
     if missing:
         raise FileNotFoundError(
@@ -377,8 +254,15 @@ def scoreFolder(df, folder):
         )
     scores = {}
     for patient, paths in tqdm(rows.items(), 'score', leave=False):
-        scores[patient] = metrics.scorePatient(*readPrediction(paths, folder), spacingOf(paths))
-    return metrics.scoreTable(scores)
+        try:
+            truth = _readTruth(paths)
+        except (ValueError, OSError) as error:
+            leaveOut(error, f'{len(scores)} of {len(rows)} patients were scored before.')
+            continue
+        spacing = spacingOf(paths)
+        yhat = applyRules(_readPredicted(paths, folder, *truth), rules, spacing, about.get('kind'))
+        scores[patient] = metrics.scorePatient(truth[0], yhat, spacing)
+    return metrics.scoreTable(scores) if scores else pd.DataFrame(columns=['patient', 'region'])
 
 
 def readPrediction(paths, folder):
@@ -396,16 +280,27 @@ def readPrediction(paths, folder):
         FileNotFoundError: the folder has no segmentation of the patient.
         ValueError: it cannot be read, lies on another grid or has other labels.
     """
+    truth = _readTruth(paths)
+    return truth[0], _readPredicted(paths, folder, *truth)
+
+
+def _readTruth(paths):
+    """Return the true classes of a patient, uint8 (D, W, H), and the affine of their file."""
+    truth, affine = readVolume(paths['seg'], paths.name)
+    return toClasses(truth, paths).transpose(2, 0, 1), affine  # (W, H, D) -> (D, W, H)
+
+
+def _readPredicted(paths, folder, truth, affine):
+    """Return the predicted classes of a patient on the grid of its truth, uint8 (D, W, H)."""
     file = _findPrediction(paths.name, folder)
     if file is None:
         raise FileNotFoundError(f'{folder} has no segmentation of {paths.name}.')
-    truth, grid = readVolume(paths['seg'], paths.name)
-    volume, affine = readVolume(str(file), paths.name)
+    volume, grid = readVolume(str(file), paths.name)
     predicted = pd.Series({**paths, 'seg': str(file)}, name=paths.name)
-    checkGrid(predicted, 'seg', volume.shape, affine, truth.shape, grid)
-    edition = detectEdition(paths)  # of the truth: the prediction's name may not reveal it
-    y, yhat = toClasses(truth, paths, edition), toClasses(volume, predicted, edition)
-    return y.transpose(2, 0, 1), yhat.transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
+    shape = truth.shape[1:] + truth.shape[:1]  # (D, W, H) -> (W, H, D)
+    checkGrid(predicted, 'seg', volume.shape, grid, 'the true seg', shape, affine)
+    # by the edition of the truth: the prediction's name may not reveal it
+    return toClasses(volume, predicted, detectEdition(paths)).transpose(2, 0, 1)
 
 
 def _findPrediction(patient, folder):

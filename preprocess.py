@@ -1,10 +1,7 @@
 """Cut patients into patches and write them to HDF5."""
 
 import functools
-import hashlib
 import json
-import sys
-import types
 import zlib
 from pathlib import Path
 
@@ -15,13 +12,15 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 import config
 from atomic import writeAtomically
-from cohort import forEachPatient, withSegmentation
-from patients import alongMemory, fileOf, maskFunction, patientOf, readCase, readVolumes
+from cohort import withSegmentation
+from identity import CUT, SEEN, checksums, differences, identify, patientDifferences, readIdentity
+from parallel import attempt, forEachPatient, reportBad
+from patients import alongMemory, maskFunction, patientOf, readCase, readVolumes
 from transforms import makeTransforms, transformCase, transformVolume, volumeTransform, windowStarts
 
-__all__ = ['fingerprint', 'makeDataset', 'makeTransforms', 'transformCase', 'volumeTransform', 'windowStarts']
+__all__ = ['makeDataset', 'makeTransforms', 'transformCase', 'volumeTransform', 'windowStarts']
 
-FORMAT = 3  # of the patch file; raised when its layout changes, so that older files are replaced
+FORMAT = 4  # of the patch file; raised when its layout changes, so that older files are replaced
 
 
 def makeDataset(dataframe, filename, transform=None):
@@ -31,23 +30,24 @@ def makeDataset(dataframe, filename, transform=None):
     is kept. Of the patches with brain but no tumor, a fraction `config.BACKGROUND_SHARE` is kept, drawn from
     `config.SEED` and the patient's id.
 
-    The file is renamed to its final name when it is complete. If it exists with the same patients and settings, all its
-    checksums are verified and nothing is cut. The memory needed does not grow with the number of patients.
+    The file is renamed to its final name when it is complete. If it exists and was cut from the same files with the
+    same settings, its checksums are verified and nothing is cut. The memory needed does not grow with the number of
+    patients. A message names the classes that no patch has.
 
     The datasets of the file, with one patch per chunk:
     - `image` (N, C, 128, 128), float16 if all values lie in [-1, 1], else float32;
     - `label` (N, 128, 128), uint8 classes;
-    - `patient`, `slice`, `row`, `column` (N,), int32: where each patch comes from (`patient` counts the attribute
-      `patients`).
-    Its attributes, in JSON: `patients` (ids), `settings`, `leftOut` (ids of patients that could not be used, with
-    reasons).
+    - `patient`, `slice`, `row`, `column` (N,), int32: where each patch comes from (`patient` counts the patients of the
+      identity).
+    And, as JSON: `identity`, see `identity.identify`; `leftOut`, the patients that could not be used: id -> [reason,
+    checksums of the files].
 
     Args:
         dataframe: file list; patients without a segmentation are left out and counted.
         filename: path of the file.
         transform: torchio transform of the whole volume, in place of `volumeTransform()`. It must not be random:
-            patients are cut in parallel. A lambda or a function of a notebook cannot be compared with an earlier one,
-            so the file is then always replaced. A function of a module is compared by its name only.
+            patients are cut in parallel. A lambda, a function of a notebook, or one that reads a global variable
+            cannot be compared with an earlier one, so the file is then always replaced.
 
     Returns:
         int, number of patches.
@@ -57,20 +57,19 @@ def makeDataset(dataframe, filename, transform=None):
             `config.ON_BAD_PATIENT = 'leaveOut'` they are left out instead, unless no other is left. Or no patch with
             tumor was found.
     """
-    if config.ON_BAD_PATIENT not in ('stop', 'leaveOut'):
-        raise ValueError(f"config.ON_BAD_PATIENT is {config.ON_BAD_PATIENT!r}; 'stop' or 'leaveOut' was expected.")
+    reportBad({}, 0)  # an unknown rule is refused before anything is read
     dataframe = withSegmentation(dataframe, str(filename))
-    settings = _settings(volumeTransform() if transform is None else transform, dataframe)
-    numPatches = _countIfCurrent(filename, settings, list(dataframe.index.astype(str)))
+    identity, known = _identify(dataframe, transform), {}
+    numPatches = _countIfCurrent(filename, identity, dataframe, known)
     if numPatches is not None:
         print(f'{filename} exists, with {numPatches} patches of the same patients and settings.')
         return numPatches
     # torchio draws a number even for a deterministic transform: a run that finds the file must continue like this one
     with writeAtomically(filename) as part, torch.random.fork_rng(devices=[]):
         # values outside [-1, 1] usually show in the first patient; then all are written again as float32
-        numPatches = _writePatches(part, dataframe, transform, np.float16, settings)
+        numPatches = _writePatches(part, dataframe, transform, np.float16, identity, known)
         if numPatches is None:
-            numPatches = _writePatches(part, dataframe, transform, np.float32, settings)
+            numPatches = _writePatches(part, dataframe, transform, np.float32, identity, known)
         if numPatches == 0:
             raise ValueError(f'{filename}: no patch with tumor in {len(dataframe)} patients.')
     megabytes = Path(filename).stat().st_size / 1e6
@@ -78,86 +77,54 @@ def makeDataset(dataframe, filename, transform=None):
     return numPatches
 
 
-def _settings(transform, dataframe):
-    """Return, as JSON, all that decides what a patch file holds besides the patients' ids."""
-    names = ('MODALITIES', 'EDITION', 'PATCH_SIZE', 'PATCH_STRIDE', 'BACKGROUND_SHARE', 'SEED')
-    values = {name: fingerprint(getattr(config, name)) for name in names}
-    # the same ids may stand for other files: those of another folder, or corrected ones
-    columns = (*config.MODALITIES, 'seg')
-    sizes = [[_sizeOf(paths, column) for column in columns] for _, paths in dataframe.iterrows()]
-    values['files'] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+def _identify(dataframe, transform):
+    """Return the identity of a file list without its patients; its transform is None, with a message, if unknown."""
     try:
-        values['transform'] = fingerprint(transform)
+        return {'format': FORMAT, **identify(dataframe, transform)}
     except ValueError as error:
         print(f'The transform cannot be compared with an earlier one, so patches are always cut anew: {error}')
-        return None
-    return json.dumps({'format': FORMAT, **values}, sort_keys=True)
+        return {'format': FORMAT, **identify(dataframe), 'stretching': None, 'transform': None}
 
 
-def _sizeOf(paths, column):
-    """Return the size of a patient's file in bytes; None if it is missing and bad patients are left out."""
-    try:
-        return fileOf(paths, column).stat().st_size
-    except FileNotFoundError:
-        if config.ON_BAD_PATIENT == 'stop':
-            raise
-        return None
+def _countIfCurrent(filename, identity, dataframe, known):
+    """Return the number of patches of a file with this identity and patients; else None, with a message.
 
-
-def fingerprint(value):
-    """Return plain values that are equal for equal transforms, in every process.
-
-    Args:
-        value: torchio transform, function of a module, or a number, text, array, dict, list, tuple or set of such.
-
-    Raises:
-        ValueError: a lambda, a nested function, or a function or class of a notebook or script: its name does not say
-            what it does.
+    `known` is filled with the checksums that the file holds, for `identity.checksums`.
     """
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    if isinstance(value, dict):
-        return [[fingerprint(key), fingerprint(item)] for key, item in value.items()]
-    if isinstance(value, (list, tuple)):
-        return [fingerprint(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(repr, value))
-    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
-        return value.tolist()
-    if isinstance(value, functools.partial):
-        return [fingerprint(value.func), fingerprint(value.args), fingerprint(value.keywords)]
-    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-        found = getattr(sys.modules.get(value.__module__), value.__qualname__, None)
-        if found is not value or value.__module__ == '__main__':
-            raise ValueError(f'{value.__module__}.{value.__qualname__} is not at the top level of an imported module.')
-        return f'{value.__module__}.{value.__qualname__}'
-    if hasattr(value, '__dict__'):
-        held = sorted(vars(value).items())
-        # an object may hold one of its own methods, as CropOrPad does: the name says which
-        held = {name: item.__name__ if getattr(item, '__self__', None) is value else item for name, item in held}
-        return [fingerprint(type(value)), fingerprint(held)]
-    return [fingerprint(type(value)), repr(value)]
-
-
-def _countIfCurrent(filename, settings, patients):
-    """Return the number of patches of a file with these settings and patients; else None, with a message."""
     if not Path(filename).exists():
         return None
     try:
         with h5py.File(filename, 'r') as file:
-            kept, leftOut = json.loads(file.attrs['patients']), json.loads(file.attrs['leftOut'])
-            isSame = file.attrs['settings'] == settings and kept == [name for name in patients if name not in leftOut]
-            isSame = isSame and not (leftOut and config.ON_BAD_PATIENT == 'stop')
-            numPatches = _verifyChecksums(file) if isSame else None
+            found, leftOut = readIdentity(file), json.loads(file['leftOut'][()])
+            known.update(found['files'])
+            reasons = _compare(found, identity, leftOut, dataframe, known)
+            numPatches = None if reasons else _verifyChecksums(file)
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         print(f'{filename} is damaged, or of another version ({error}), and is replaced.')
         return None
-    if not isSame:
-        print(f'{filename} has other patients or settings and is replaced.')
+    if reasons:
+        print(f'{filename} has other patients or settings and is replaced: {"; ".join(reasons)}.')
         return None
-    for patient, reason in leftOut.items():
+    for patient, (reason, _) in leftOut.items():
         print(f'{patient} is left out: {reason}')
     return numPatches
+
+
+def _compare(found, identity, leftOut, dataframe, known):
+    """Return the reasons, in words, why a patch file with the identity `found` has to be cut anew."""
+    reasons = differences(found, identity, {'format': 'the format', **SEEN, **CUT})
+    if leftOut and config.ON_BAD_PATIENT == 'stop':
+        reasons.append(f'{len(leftOut)} patients are left out')
+    if identity['stretching'] is None and identity['transform'] is None:
+        reasons.append('the transform is unknown')
+    if reasons:
+        return reasons
+    contents = forEachPatient(functools.partial(checksums, known=known), dataframe, 'compare')
+    contents = dict(zip(dataframe.index.astype(str), contents, strict=True))
+    before = found['patients'] | {patient: content for patient, (_, content) in leftOut.items()}
+    other = patientDifferences({'patients': before}, {'patients': contents})
+    isReordered = list(found['patients']) != [patient for patient in contents if patient not in leftOut]
+    return [f'of its patients, {other}'] if other else ['another order of patients'] * isReordered
 
 
 _DATASETS = ('image', 'label')
@@ -172,9 +139,10 @@ def _verifyChecksums(file):
     return len(file['label'])
 
 
-def _writePatches(part, dataframe, transform, dtype, settings):
+def _writePatches(part, dataframe, transform, dtype, identity, known):
     """Write every patient's patches and return how many; return None, and stop, if values do not fit float16."""
-    size, kept, bad = config.PATCH_SIZE, [], {}
+    size, contents, kept, bad = config.PATCH_SIZE, {}, [], {}
+    absent = set(range(1, config.NO_CLASSES))
     shapes = {'image': (len(config.MODALITIES), size, size), 'label': (size, size)}
     # no chunk cache: on a full disk HDF5 would fail again when it closes the file, and crash the process at its end
     with h5py.File(part, 'w', rdcc_nbytes=0) as file:
@@ -182,9 +150,10 @@ def _writePatches(part, dataframe, transform, dtype, settings):
             _createDataset(file, name, shapes[name], kind, compression='lzf')
         for name in _ORIGINS:
             _createDataset(file, name, (), np.int32)
-        cut = functools.partial(_tryToCut, transform=transform, dtype=dtype)
+        cut = functools.partial(_cutWithChecksums, transform=transform, dtype=dtype, known=known)
         results = forEachPatient(cut, dataframe, 'cut')
-        for patient, result in zip(dataframe.index.astype(str), results, strict=True):
+        for patient, (content, result) in zip(dataframe.index.astype(str), results, strict=True):
+            contents[patient] = content
             if result is None:
                 return None
             if isinstance(result, Exception):
@@ -192,9 +161,14 @@ def _writePatches(part, dataframe, transform, dtype, settings):
             elif not (bad and config.ON_BAD_PATIENT == 'stop'):  # otherwise the rest is only checked
                 _append(file, len(kept), *result)
                 kept.append(patient)
-        _reportBad(bad, len(dataframe))
-        file.attrs['settings'], file.attrs['patients'] = settings or '', json.dumps(kept)
-        file.attrs['leftOut'] = json.dumps({patient: str(error) for patient, error in bad.items()})
+                absent = {number for number in absent if not (result[-1] == number).any()}
+        reportBad(bad, len(dataframe))
+        identity = {**identity, 'patients': {patient: contents[patient] for patient in kept}, 'files': known}
+        for number in absent if kept else ():
+            print(f'None of these {len(kept)} patients has a patch with {config.CLASS_NAMES[number]}.')
+        # datasets, because attributes end at 64 kB
+        file['identity'] = json.dumps(identity)
+        file['leftOut'] = json.dumps({patient: [str(error), contents[patient]] for patient, error in bad.items()})
         return len(file['label'])
 
 
@@ -213,25 +187,9 @@ def _append(file, number, origins, image, label):
         file[name][start:] = values
 
 
-def _reportBad(bad, numPatients):
-    """Raise, or print, the errors of all bad patients at once, as `config.ON_BAD_PATIENT` says."""
-    if bad and config.ON_BAD_PATIENT == 'stop':
-        if len(bad) == 1:
-            raise next(iter(bad.values()))
-        first = '\n'.join(str(error) for error in list(bad.values())[:20])
-        raise ValueError(f'{len(bad)} of {numPatients} patients cannot be used. The first of them:\n{first}')
-    if len(bad) == numPatients:
-        raise ValueError(f'None of the {numPatients} patients can be used: {next(iter(bad.values()))}')
-    for error in bad.values():
-        print(f'Left out: {error}')
-
-
-def _tryToCut(paths, transform, dtype):
-    """Return what `_cutPatient` returns, or the error that bad data raised."""
-    try:
-        return _cutPatient(paths, transform, dtype)
-    except (ValueError, OSError) as error:
-        return error
+def _cutWithChecksums(paths, transform, dtype, known):
+    """Return the checksums of a patient's files, and what `_cutPatient` returns or the error that bad data raised."""
+    return checksums(paths, known), attempt(functools.partial(_cutPatient, transform=transform, dtype=dtype))(paths)
 
 
 def _cutPatient(paths, transform, dtype):

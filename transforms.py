@@ -46,22 +46,27 @@ class StretchHistogram(tio.RescaleIntensity):
         return stretched
 
 
-def imageKeys():
-    """Return the names of a subject's images, one per entry of `config.MODALITIES`: ['x1', 'x2', ...]."""
-    return [f'x{number}' for number in range(1, len(config.MODALITIES) + 1)]
+def imageKeys(count=None):
+    """Return the names of a subject's images: 'x1', 'x2', ...; as many as `config.MODALITIES` unless told."""
+    return [f'x{number}' for number in range(1, (len(config.MODALITIES) if count is None else count) + 1)]
 
 
-def volumeTransform():
+def volumeTransform(percentiles=None, outRange=None, count=None):
     """Return the torchio transform that is applied to each volume once, before cutting and before prediction.
 
-    It maps the `config.STRETCH_PERCENTILES` of each modality's brain to `config.STRETCH_RANGE`. It works on the volume
-    and not on the patch, so that a tissue has the same value whatever else is in the patch.
+    It maps two percentiles of each modality's brain to the ends of a range. It works on the volume and not on the
+    patch, so that a tissue has the same value whatever else is in the patch.
+
+    Args:
+        percentiles: default `config.STRETCH_PERCENTILES`.
+        outRange: default `config.STRETCH_RANGE`.
+        count: number of modalities, default that of `config.MODALITIES`.
     """
     return StretchHistogram(
-        out_min_max=config.STRETCH_RANGE,
-        percentiles=config.STRETCH_PERCENTILES,
+        out_min_max=tuple(config.STRETCH_RANGE if outRange is None else outRange),
+        percentiles=tuple(config.STRETCH_PERCENTILES if percentiles is None else percentiles),
         masking_method=maskFunction,
-        include=imageKeys(),
+        include=imageKeys(count),
         copy=False,
     )
 

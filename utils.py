@@ -1,14 +1,18 @@
 """Load patches; and re-export the calls that the contract names under `utils`."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import h5py
+import psutil
 import torch
 
 import config
-from checkpoints import epochs, loadCheckpoint, makeCheckpoint, readHistory
-from cohort import checkFiles, describeCohort, readSplit, split, splitFolds, writeSplit
+from checkpoints import epochs, loadCheckpoint, loadModel, makeCheckpoint, readHistory
+from cohort import checkFiles, describeCohort, readSplit, split, splitFolds, usable, writeSplit
+from identity import checkPatchFile, readIdentity
 from metrics import computeMetrics
 from patients import makeFileList
 from pictures import makeGifs, plotCurves, plotPrediction, plotSample, plotTransforms
@@ -22,6 +26,7 @@ __all__ = [
     'describeCohort',
     'epochs',
     'loadCheckpoint',
+    'loadModel',
     'makeCheckpoint',
     'makeFileList',
     'makeGifs',
@@ -36,12 +41,19 @@ __all__ = [
     'saveSegmentation',
     'split',
     'splitFolds',
+    'usable',
     'writeSplit',
 ]
 
 
+_DRIVE = '/content/drive/'  # where Colab mounts Drive
+
+
 class BRATSDataset(torch.utils.data.Dataset):
     """Patches of an `.h5` file as (image float32 (C, 128, 128), label int64 (128, 128)).
+
+    Patches are held in memory, shared by the workers, if they take at most the fraction `config.CACHE_PATCHES` of the
+    machine's. Otherwise they are read from the file; one on a mounted Drive is copied to the local disk first.
 
     Args:
         file: path of a file written by `preprocess.makeDataset`.
@@ -53,10 +65,12 @@ class BRATSDataset(torch.utils.data.Dataset):
     Attributes:
         file: the open h5py.File. Each loader process opens its own. `file.close()` may be called at any time; a patch
             requested later opens the file again.
+        identity: what the patches were cut from and how, see `identity.identify`.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file has fewer patches than requested, or another number of modalities than `config.MODALITIES`.
+        ValueError: the file is of another version, has fewer patches than requested, or was cut with other modalities,
+            classes, patch size or stretching than `config` has.
     """
 
     def __init__(self, file, noSamples=None, transform=None, raw=False):
@@ -66,15 +80,23 @@ class BRATSDataset(torch.utils.data.Dataset):
             raise ValueError('raw = True returns patches as stored; it cannot be combined with a transform.')
         self.path, self.transform, self.raw, self._cache = str(file), transform, raw, None
         self._open()
-        images = self.file['image']
-        self.noSamples = len(images) if noSamples is None else int(noSamples)
-        if not 0 < self.noSamples <= len(images):
-            raise ValueError(f'{file} has {len(images)} patches, {noSamples} were requested.')
-        if images.shape[1] != len(config.MODALITIES):
-            raise ValueError(f'{file} has {images.shape[1]} modalities, config.MODALITIES {len(config.MODALITIES)}.')
-        if images.nbytes / len(images) * self.noSamples <= config.CACHE_PATCHES * 1e9:
+        try:
+            self.identity = readIdentity(self.file)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f'{file} is of another version ({error}); preprocess.makeDataset cuts it anew.') from error
+        checkPatchFile(file, self.identity)
+        numPatches = len(self.file['image'])
+        self.noSamples = numPatches if noSamples is None else int(noSamples)
+        if not 0 < self.noSamples <= numPatches:
+            raise ValueError(f'{file} has {numPatches} patches, {noSamples} were requested.')
+        size = sum(self.file[name].nbytes for name in ('image', 'label')) / numPatches * self.noSamples
+        if size <= config.CACHE_PATCHES * _memory():
             # as tensors: workers share their memory, whether forked or spawned
             self._cache = tuple(torch.from_numpy(self.file[name][: self.noSamples]) for name in ('image', 'label'))
+        elif str(Path(file).resolve()).startswith(_DRIVE):  # each random read there takes a request
+            self.file.close()
+            self.path = str(shutil.copyfile(file, Path(tempfile.mkdtemp()) / Path(file).name))
+            self._open()
 
     def _open(self):
         self.file = h5py.File(self.path, 'r')
@@ -111,3 +133,12 @@ class BRATSDataset(torch.utils.data.Dataset):
             return [self[index] for index in indices]
         read = {index: self._read(index) for index in sorted({int(index) for index in indices})}
         return [read[int(index)] for index in indices]
+
+
+def _memory():
+    """Return the bytes of memory of the machine, or of the container that this process runs in."""
+    limits = [psutil.virtual_memory().total]
+    for file in map(Path, ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes')):
+        if file.is_file() and (limit := file.read_text().strip()).isdigit():  # otherwise 'max'
+            limits.append(int(limit))
+    return min(limits)

@@ -7,8 +7,6 @@ import config
 from metrics.counts import asArray, asClasses
 from pictures.figure import countText, newFigure
 
-BACKGROUND_THRESHOLD = 0.999  # voxels with a background probability above it are left out: most of the volume
-
 
 def countCalibration(probability, y, bins=10):
     """Return the calibration counts of one patient; sum them over patients.
@@ -22,8 +20,9 @@ def countCalibration(probability, y, bins=10):
 
     Returns:
         float64 (3, 3 tumor classes, bins + 1): the number of voxels, the sum of their probabilities, and how many of
-        them have the class in truth. The last column counts the voxels whose background probability is above
-        `BACKGROUND_THRESHOLD`; the other columns count all other voxels.
+        them have the class in truth. The first columns count the voxels that are tumor in truth, or that the model may
+        take for tumor: a tumor class has a probability beyond the first bin. The last column counts all others. So
+        every voxel beyond the first bin is counted, whatever the truth, and the first bin is not flooded by background.
 
     Raises:
         ValueError: the shapes or classes are not as above, or the values are not probabilities.
@@ -37,10 +36,10 @@ def countCalibration(probability, y, bins=10):
             raise ValueError(
                 'The values are not probabilities: 0 or more, with a sum of 1 over the classes of a voxel.'
             )
-        isBackground = image[0] > BACKGROUND_THRESHOLD
+        isLeftOut = (image[1:] < 1 / bins).all(0) & (classes == 0)
         for number, (values, own) in enumerate(zip(image[1:], counts.transpose(1, 0, 2), strict=True), 1):
             places = np.minimum((values.astype(float) * bins).astype(int), bins - 1)
-            places[isBackground] = bins
+            places[isLeftOut] = bins
             own[0] += np.bincount(places.ravel(), minlength=bins + 1)
             own[1] += np.bincount(places.ravel(), values.ravel(), minlength=bins + 1)
             own[2] += np.bincount(places[classes == number], minlength=bins + 1)
@@ -50,8 +49,8 @@ def countCalibration(probability, y, bins=10):
 def plotCalibration(counts):
     """Draw the calibration curves: how often a class is there against the probability that the model predicts.
 
-    Voxels with a background probability above `BACKGROUND_THRESHOLD` are left out: they are most of the volume and
-    would make any model look calibrated. A line below the figure says how much of the true tumor is among them.
+    Voxels that are background in truth and for the model are left out, see `countCalibration`: they are most of the
+    volume and would make any model look calibrated. A line below the figure says how many they are.
 
     Args:
         counts: sum of `countCalibration` over patients, or a list of its results, which are summed.
@@ -70,8 +69,8 @@ def plotCalibration(counts):
     counts = stack.sum(0) if stack.ndim == 4 else stack
     if counts.ndim != 3 or counts.shape[:2] != (3, config.NO_CLASSES - 1) or not counts[0, :, :-1].any():
         raise ValueError(
-            f'The counts have the shape {stack.shape}; (3, 3, bins + 1) were expected, with a voxel whose background '
-            f'probability is at most {BACKGROUND_THRESHOLD}.'
+            f'The counts have the shape {stack.shape}; (3, 3, bins + 1) were expected, with a voxel of tumor in '
+            'truth or prediction.'
         )
     figure = newFigure(5.6, 6)
     panel, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
@@ -108,8 +107,7 @@ def _drawCalibration(panel, below, counts):
 
 
 def _describeLeftOut(counts):
-    """Return in words how many of the voxels, and how many of the true tumor, are left out."""
-    voxels, tumor = counts[0, 0], counts[2].sum(0)
-    hidden = f'{tumor[-1] / tumor.sum():.2%}' if tumor.any() else 'none'
-    text = f'left out: background above {BACKGROUND_THRESHOLD}, {voxels[-1] / voxels.sum():.2%} of all voxels'
-    return f'{text}\n(they hold {hidden} of the true tumor)'
+    """Return in words which voxels are left out, and how many."""
+    voxels = counts[0, 0]
+    kept = f'tumor in truth, or probability of a tumor class at least {1 / (len(voxels) - 1):.2g}'
+    return f'voxels: {kept}\n(the others, {voxels[-1] / voxels.sum():.2%} of all, are left out)'

@@ -1,5 +1,9 @@
+import json
+
+import h5py
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
 import config
@@ -21,6 +25,12 @@ LAYOUTS = {  # edition -> file name, columns, labels
     'BraTS2024': ('BraTS-GLI-{i:05d}-101/BraTS-GLI-{i:05d}-101-{c}.nii.gz', NEWER, NEWER_LABELS),
     'Decathlon': ('Task01/{c}/BRATS_{i:03d}.nii.gz', ['imagesTr', 'labelsTr'], [0, 2, 1, 3]),
 }
+
+
+def listOf(numPatients):
+    """Return the file list of patients of 2021 whose files do not exist."""
+    rows = {f'BraTS2021_{i:05d}': [f'BraTS2021_{i:05d}_{column}.nii' for column in COLUMNS] for i in range(numPatients)}
+    return pd.DataFrame.from_dict(rows, orient='index', columns=COLUMNS)
 
 
 def touch(folder, *names):
@@ -68,6 +78,30 @@ def writeLayout(edition, folder, cases):
         volumes = [*volumes, np.array(labels, np.uint8)[classes]]
         for column, volume in zip(columns, volumes, strict=True):
             save(volume, folder / name.format(g='HGG' if number % 2 else 'LGG', i=number, c=column), affine)
+
+
+PATCHES = ('image', 'label', 'patient', 'slice', 'row', 'column')  # the datasets of a patch file with a row a patch
+
+
+def writePatchFile(file, image, label, patients=('P1',), **changes):
+    """Write a patch file with the identity that today's config gives it, or with some parts of it changed."""
+    identity = {
+        'modalities': list(config.MODALITIES),
+        'classes': list(config.CLASS_NAMES),
+        'patchSize': config.PATCH_SIZE,
+        'stretching': [list(config.STRETCH_PERCENTILES), list(config.STRETCH_RANGE)],
+        'editions': {'BraTS2020': [[0, 0], [1, 1], [2, 2], [4, 3]]},
+        'patchStride': config.PATCH_STRIDE,
+        'background': None,
+        'transform': None,
+        'patients': {patient: {'t1ce': f'image of {patient}', 'seg': f'seg of {patient}'} for patient in patients},
+        'files': {},
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(file, 'w') as handle:
+        handle['image'], handle['label'] = image, label
+        handle['identity'] = json.dumps(identity | changes)
+    return str(file)
 
 
 @pytest.fixture(autouse=True)

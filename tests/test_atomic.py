@@ -38,7 +38,7 @@ def test_writeAtomically_keepsEachKindOfFileIfTheDiskIsFull(writeCase, tmp_path,
     folder = tmp_path / 'out'
     config.OUTPUT_FOLDER = str(folder)
     writersOf(folder, paths, 0)[name]()
-    config.SEED = 1  # so that the patches are cut anew
+    config.PATCH_STRIDE = 20  # so that the patches are cut anew
     before, limits = (folder / name).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:

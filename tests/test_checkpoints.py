@@ -2,8 +2,8 @@ import io
 import os
 import random
 import time
+from pathlib import Path
 
-import h5py
 import numpy as np
 import pandas as pd
 import psutil
@@ -16,6 +16,7 @@ import config
 import engine
 import preprocess
 import utils
+from conftest import writePatchFile
 
 INFINITE = float('inf')
 
@@ -41,6 +42,7 @@ def asFormat1():
     """Rewrite the last checkpoint in format 1: the history counts epochs from 0, and the model is `network`."""
     content = torch.load(config.LAST_CHECKPOINT, weights_only=True)
     content['format'] = 1
+    del content['identity'], content['recipe']
     for number, row in enumerate(content['history']):
         row['epoch'] = number
     content['settings']['network'] = content['settings'].pop('model')
@@ -52,8 +54,12 @@ def asFormat1():
 
 def test_epochs_runsToTheLast(capsys):
     """Without a reason to stop, every epoch from the first to the last is yielded, and nothing is printed."""
-    config.EPOCHS = 5
-    assert list(checkpoints.epochs(2)) == [2, 3, 4] and list(checkpoints.epochs(5)) == []
+    config.EPOCHS, done = 5, 0
+    write([3.0, 2.0])
+    for epoch in checkpoints.epochs(2):
+        checkpoints.makeCheckpoint(epoch, *makeRun(), 1, 1.0, 1.0)
+        done = epoch
+    assert done == 4 and list(checkpoints.epochs(5)) == []
     assert capsys.readouterr().out == ''
 
 
@@ -85,7 +91,7 @@ def test_epochs_readsTheCheckpointAfterEveryEpoch(capsys):
     losses, run = [2.0, 1.0, 1.5, 1.6, 1.7, 1.8], []
     for epoch in checkpoints.epochs(0):
         run.append(epoch)
-        write(losses[: epoch + 1])
+        checkpoints.makeCheckpoint(epoch, *makeRun(), 1, losses[epoch], min([INFINITE, *losses[:epoch]]))
     assert run == [0, 1, 2, 3, 4]
     assert 'Stopped after 5 of 20 epochs: the last 3 did not improve' in capsys.readouterr().out
 
@@ -103,11 +109,12 @@ def test_epochs_stopsBeforeTheTimeBudgetIsSpent(monkeypatch, capsys):
     assert '3.50 of the 3.6 hours' in capsys.readouterr().out
 
 
-def test_epochs_ignoresAnEarlierRun():
-    """A fresh start is not stopped by the losses of an earlier run's checkpoint."""
-    config.EPOCHS, config.PATIENCE = 20, 2
-    write([1, 2, 3, 4])
-    assert next(checkpoints.epochs(0)) == 0
+@pytest.mark.parametrize('start', [0, 1, 3])
+def test_epochs_refusesALoopThatDoesNotResume(start):
+    """After two epochs the third is next: the loop started again from anywhere else is refused before it trains."""
+    write([2, 1])
+    with pytest.raises(ValueError, match=rf'last\.pt goes on with epoch 3, not {start + 1}: it is not written over'):
+        next(checkpoints.epochs(start))
 
 
 # Saving
@@ -137,12 +144,27 @@ def test_makeCheckpoint_holdsOnlyPlainValues():
     assert content['history'] == [{'epoch': 1, 'trainLoss': 2.0, 'valLoss': 1.0, 'learnRate': 0.01}]
 
 
-def test_makeCheckpoint_replacesTheHistoryOfAnEarlierRun():
-    """Epochs that are run again replace those of the earlier run, and all that followed them."""
-    write([4.0, 3.0, 2.0, 1.0])
-    checkpoints.makeCheckpoint(1, *makeRun(), 1, 9.0, 4.0)
-    history = checkpoints.readHistory()
-    assert list(history['epoch']) == [1, 2] and list(history['valLoss']) == [4, 9]
+@pytest.mark.parametrize('epoch', [0, 1, 3])
+def test_makeCheckpoint_refusesAnEpochThatIsNotTheNext(epoch):
+    """The loop run again in a notebook does not write over what was trained: checkpoint and history stay."""
+    write([2.0, 1.0])
+    files = [Path(config.LAST_CHECKPOINT), Path(config.BEST_CHECKPOINT), Path(config.OUTPUT_FOLDER, 'history.csv')]
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(ValueError, match=rf'goes on with epoch 3, not {epoch + 1}.* Resume with loadCheckpoint'):
+        checkpoints.makeCheckpoint(epoch, *makeRun(), 1, 0.5, 1.0)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_makeCheckpoint_writesTheRateOfTheEpoch():
+    """The rate in the history is that which the epoch was trained with; the scheduler lowers it for the next."""
+    loader = [(torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long))]
+    model, optimizer, scheduler, scaler = makeRun()
+    for epoch in range(3):
+        engine.train(model, torch.nn.CrossEntropyLoss(), optimizer, scaler, loader)
+        scheduler.step(1.0)  # no improvement: halved after every epoch but the first
+        checkpoints.makeCheckpoint(epoch, model, optimizer, scheduler, scaler, 1, 1, 1)
+    assert list(checkpoints.readHistory()['learnRate']) == [0.01, 0.01, 0.005]
+    assert optimizer.param_groups[0]['lr'] == 0.0025
 
 
 def test_makeCheckpoint_survivesAnInterruptBetweenItsFiles(tmp_path, monkeypatch):
@@ -181,9 +203,8 @@ def runEpochs(folder, upTo, workers, isBatched):
     """Run the notebook's loop from the last checkpoint on, with random transforms, shuffling and dropout."""
     config.OUTPUT_FOLDER = str(folder)
     generator = np.random.default_rng(0)
-    with h5py.File(folder / 'a.h5', 'w') as file:
-        file['image'] = generator.uniform(-1, 1, (12, 3, 32, 32)).astype(np.float16)
-        file['label'] = generator.integers(0, 4, (12, 32, 32)).astype(np.uint8)
+    image = generator.uniform(-1, 1, (12, 3, 32, 32)).astype(np.float16)
+    writePatchFile(folder / 'a.h5', image, generator.integers(0, 4, (12, 32, 32)).astype(np.uint8))
     transform = preprocess.makeTransforms()[0]
     augment = batched.Batched(transform) if isBatched else None
     dataset = utils.BRATSDataset(folder / 'a.h5', 12, None if isBatched else transform, raw=isBatched)
@@ -199,6 +220,7 @@ def runEpochs(folder, upTo, workers, isBatched):
     return model.state_dict(), checkpoints.readHistory(), random.random(), np.random.rand()
 
 
+@pytest.mark.filterwarnings('ignore:The model was trained on')
 @pytest.mark.parametrize('isBatched', [False, True])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_loadCheckpoint_resumedEqualsUninterrupted(tmp_path, workers, isBatched):
@@ -252,7 +274,7 @@ def test_loadCheckpoint_restoresSchedulerAndScaler():
     for loss in (1.0, 2.0):
         scheduler.step(loss)
     scaler = torch.amp.GradScaler('cpu', init_scale=8.0)
-    checkpoints.makeCheckpoint(1, model, optimizer, scheduler, scaler, 2, 2, 1)
+    checkpoints.makeCheckpoint(0, model, optimizer, scheduler, scaler, 2, 2, 1)
     model, optimizer, _, _ = makeRun(1)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
     scaler = torch.amp.GradScaler('cpu')
@@ -273,7 +295,7 @@ class Program:
     ('changes', 'width', 'words'),
     [
         ({}, 9, r'belongs to another model: its 0\.bias is \(8,\), the given model has \(9,\)'),
-        ({'format': 99}, 8, 'has the format 99, this version reads up to 2'),
+        ({'format': 99}, 8, 'has the format 99, this version reads up to 3'),
         ({'format': 'other'}, 8, 'is not a checkpoint of this package'),
         ({'format': Program()}, 8, 'is not a checkpoint of this package'),
     ],
@@ -303,7 +325,7 @@ def test_loadCheckpoint_refusesOtherSettings():
 
 
 def test_loadCheckpoint_refusesADamagedFile(tmp_path):
-    """A file that was cut off is named; the next checkpoint replaces it."""
+    """A file that was cut off is named, also by the loop and by the next checkpoint, which does not replace it."""
     write([1])
     stream = io.BytesIO()
     torch.save(torch.load(config.LAST_CHECKPOINT, weights_only=True), stream)
@@ -312,5 +334,42 @@ def test_loadCheckpoint_refusesADamagedFile(tmp_path):
             part.write(stream.getvalue()[:2000])
     with pytest.raises(ValueError, match=r'cut\.pt is not a checkpoint of this package, or is damaged'):
         checkpoints.loadCheckpoint(*makeRun(), tmp_path / 'cut.pt')
-    checkpoints.makeCheckpoint(0, *makeRun(), 1, 1, 2)
+    for call in (lambda: checkpoints.makeCheckpoint(1, *makeRun(), 1, 1, 2), lambda: next(checkpoints.epochs(1))):
+        with pytest.raises(ValueError, match=r'last\.pt is not a checkpoint of this package, or is damaged'):
+            call()
+
+
+def test_epochs_worksOnADiskWithoutMemoryMapping(monkeypatch):
+    """Where files cannot be mapped, the checkpoint is read whole: its history still stops the run."""
+    load = torch.load
+
+    def refuseMapping(*arguments, mmap=False, **options):
+        if mmap:
+            raise RuntimeError('unable to mmap')
+        return load(*arguments, **options)
+
+    config.EPOCHS, config.PATIENCE = 20, 2
+    write([1, 2, 3])
+    monkeypatch.setattr(torch, 'load', refuseMapping)
+    assert next(checkpoints.epochs(3), None) is None
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [('LOSS_GAMMA', 1.0), ('LEARN_RATE', 5e-4), ('WEIGHT_DECAY', 0), ('SEED', 1), ('GRADIENT_CLIP', 9)],
+)
+def test_loadCheckpoint_resumesOnlyTheSameRecipe(name, value):
+    """With another number of the training the run is not resumed; its weights can still be loaded."""
+    write([1])
+    setattr(config, name, value)
+    model, *others = makeRun()
+    with pytest.raises(ValueError, match=rf'last\.pt was made with {name} = .*, this run has {name} = {value}'):
+        checkpoints.loadCheckpoint(model, *others, config.LAST_CHECKPOINT)
+    assert checkpoints.loadCheckpoint(model, None, None, None, config.LAST_CHECKPOINT)[4] == 1
+
+
+def test_makeCheckpoint_acceptsNumpyNumbers():
+    """Numbers that were computed by NumPy are stored as plain ones, which weights-only loading accepts."""
+    config.LEARN_RATE, config.DECODER_CHANNELS = np.float64(1e-3), tuple(np.array([64, 32]))
+    write([1])
     assert checkpoints.loadCheckpoint(*makeRun(), config.LAST_CHECKPOINT)[4] == 1

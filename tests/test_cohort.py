@@ -1,11 +1,6 @@
 import itertools
 import json
-import os
-import threading
-import time
-import warnings
 
-import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,16 +8,10 @@ import pytest
 import cohort
 import config
 import patients
-from conftest import COLUMNS, drawCases, names, namesNewer, save, touch, volumesOf, writeLayout
-from damage import BAD, SUSPICIOUS, remove
+from conftest import COLUMNS, drawCases, listOf, names, namesNewer, save, touch, volumesOf, writeLayout
+from damage import BAD, SUSPICIOUS, changeVolume, remove
 
 SHAPE = (12, 13, 14)
-
-
-def listOf(numPatients):
-    """Return the file list of patients of 2021 whose files do not exist."""
-    rows = {f'BraTS2021_{i:05d}': [f'BraTS2021_{i:05d}_{column}.nii' for column in COLUMNS] for i in range(numPatients)}
-    return pd.DataFrame.from_dict(rows, orient='index', columns=COLUMNS)
 
 
 def listEmptyFiles(folder, *ids):
@@ -30,85 +19,6 @@ def listEmptyFiles(folder, *ids):
     for patient in ids:
         touch(folder, *(namesNewer(patient) if '-GLI-' in patient or '-SSA-' in patient else names(patient)))
     return patients.makeFileList(folder)
-
-
-@pytest.mark.parametrize('workers', [1, 3, -1])
-def test_forEachPatient_keepsTheOrder(workers):
-    """Results come in the order of the file list, whatever the time that each takes; -1 means every core."""
-    config.PREPROCESS_WORKERS = workers
-    delays = np.random.default_rng(0).uniform(0, 0.004, 60)
-    df = pd.DataFrame({'number': range(60)}, [f'P{i}' for i in range(60)])
-
-    def work(paths):
-        time.sleep(delays[paths['number']])
-        return paths.name
-
-    assert list(cohort.forEachPatient(work, df, 'test')) == list(df.index)
-    assert list(cohort.forEachPatient(work, df[:0], 'test')) == []
-
-
-def test_forEachPatient_worksInThreadsOfThisProcess():
-    """Two patients are worked on at once, by a function that cannot be sent to another process."""
-    config.PREPROCESS_WORKERS = 2
-    meeting = threading.Barrier(2, timeout=20)
-
-    def work(paths):
-        meeting.wait()  # returns only if another thread is here at the same time
-        return os.getpid()
-
-    assert list(cohort.forEachPatient(work, listOf(6), 'test')) == [os.getpid()] * 6
-
-
-def test_forEachPatient_followsTheBackendOfJoblib():
-    """Under joblib.parallel_config another backend does the work: the sequential one, in the caller's thread."""
-    with joblib.parallel_config(backend='sequential'):
-        threads = list(cohort.forEachPatient(lambda paths: threading.get_ident(), listOf(3), 'test'))
-    assert threads == [threading.get_ident()] * 3
-
-
-def test_forEachPatient_raisesTheErrorOfAPatient():
-    """An error that the function raises reaches the caller as it is, and the patients of later blocks are not begun."""
-    config.PREPROCESS_WORKERS, begun = 2, []
-
-    def work(paths):
-        begun.append(paths.name)
-        if paths.name == 'BraTS2021_00005':
-            raise KeyError('five')
-
-    with pytest.raises(KeyError, match='five'):
-        list(cohort.forEachPatient(work, listOf(100), 'test'))
-    assert len(begun) <= 16
-
-
-def test_forEachPatient_isAtMostABlockAhead():
-    """However slow the caller, no more results are ready than 8 for each worker: memory does not grow with patients."""
-    config.PREPROCESS_WORKERS, begun = 2, []
-    for taken, _ in enumerate(cohort.forEachPatient(lambda paths: begun.append(paths.name), listOf(50), 'test')):
-        time.sleep(0.01)  # time enough for the workers to begin all 50
-        assert taken < len(begun) <= taken + 16
-    assert len(begun) == 50
-
-
-def test_forEachPatient_endsWhenTheCallerStops():
-    """A generator that is closed early begins no more patients, warns of nothing and leaves no thread."""
-    config.PREPROCESS_WORKERS, begun = 2, []
-
-    def work(paths):
-        begun.append(paths.name)
-        time.sleep(0.01)
-
-    list(cohort.forEachPatient(work, listOf(1), 'test'))  # starts the threads that stay, such as tqdm's
-    numThreads = threading.active_count()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        results = cohort.forEachPatient(work, listOf(50), 'test')
-        next(results)
-        results.close()
-    numBegun, end = len(begun), time.monotonic() + 10
-    while threading.active_count() > numThreads and time.monotonic() < end:
-        time.sleep(0.01)
-    assert threading.active_count() <= numThreads
-    assert len(begun) <= numBegun + 2 and not caught
 
 
 @pytest.fixture
@@ -133,18 +43,19 @@ def writeCohort(tmp_path):
 
 @pytest.mark.parametrize('kind', [*BAD, *SUSPICIOUS])
 def test_checkFiles_findsEachKindOfBadInput(writeCohort, kind):
-    """One patient of two is damaged: every finding is that patient's, one names the file and says what is wrong."""
+    """One patient of two is damaged: all findings are that patient's, one names file and fault, and if it stops."""
     column, words, damage = (BAD | SUSPICIOUS)[kind]
     table = cohort.checkFiles(writeCohort(damage))
-    assert list(table.columns) == ['patient', 'file', 'finding'] and set(table['patient']) == {'BraTS20_Training_002'}
+    assert set(table['patient']) == {'BraTS20_Training_002'}
     file = column if kind == 'missing modality' else f'BraTS20_Training_002_{column}.nii.gz'
-    assert table.loc[table['file'] == file, 'finding'].str.contains(words).any(), table['finding'].tolist()
+    found = table[(table['file'] == file) & table['finding'].str.contains(words)]
+    assert set(found['stops']) == {kind in BAD} and table['stops'].any() == (kind in BAD), table.values.tolist()
 
 
 def test_checkFiles_isEmptyIfAllIsWell(writeCohort):
     """Two good patients, and then one of them without a segmentation, have no row but the columns."""
     table = cohort.checkFiles(writeCohort())
-    assert len(table) == 0 and list(table.columns) == ['patient', 'file', 'finding']
+    assert len(table) == 0 and list(table.columns) == ['patient', 'file', 'finding', 'stops']
     assert len(cohort.checkFiles(writeCohort(remove('seg')))) == 0
 
 
@@ -174,6 +85,47 @@ def test_checkFiles_countsTheCavity(tmp_path):
     assert table.loc[table['file'].str.contains('seg'), 'finding'].tolist() == [expected]
 
 
+def test_usable_dropsThePatientsThatWouldStop(writeCohort, capsys):
+    """A patient with a broken file is dropped and named, one with a suspicious file stays; none left is an error."""
+    df = writeCohort(BAD['NaN'][2])
+    left = cohort.usable(df, cohort.checkFiles(df))
+    assert list(left.index) == ['BraTS20_Training_001']
+    assert 'BraTS20_Training_002 is left out: BraTS20_Training_002_flair.nii.gz: ' in capsys.readouterr().out
+    for paths in left.to_dict('records'):
+        patients.readCase(paths)
+    suspicious = writeCohort(SUSPICIOUS['no tumor'][2], patient='BraTS20_Training_5{:03d}', folder='other')[-2:]
+    assert cohort.usable(suspicious, cohort.checkFiles(suspicious)).equals(suspicious)
+    with pytest.raises(ValueError, match='None of the 1 patients can be used'):
+        cohort.usable(df[1:], cohort.checkFiles(df[1:]))
+
+
+def test_checkFiles_countsTumorOutsideAllModalities(writeCohort):
+    """21 voxels of tumor where all modalities are 0 are counted, and the patient can be used."""
+
+    def grow(seg):
+        seg = np.zeros_like(seg)
+        seg[2:10, 2:10, 2:10] = 4
+        seg[0, 0, :7] = seg[0, 1, :7] = seg[0, 2, :7] = 4
+        return seg
+
+    table = cohort.checkFiles(writeCohort(changeVolume('seg', grow)))
+    assert table[['finding', 'stops']].values.tolist() == [['21 voxels of tumor lie where all modalities are 0', False]]
+
+
+def test_checkFiles_countsClippedVoxels(writeCohort):
+    """Five voxels at the largest number of 16 bits are told; a single one is the maximum of a scaled image."""
+    for count, expected in ((5, ['5 voxels are 32767, the largest number of 16 bits: they were clipped']), (1, [])):
+
+        def clip(volume, count=count):
+            volume = volume.copy()
+            volume[3, 3, 3 : 3 + count] = 32767
+            return volume
+
+        patient = f'BraTS20_Training_{count}{{:03d}}'
+        df = writeCohort(changeVolume('t2', clip), patient=patient, folder=f'clipped{count}')
+        assert cohort.checkFiles(df.loc[[patient.format(2)]])['finding'].tolist() == expected
+
+
 def test_checkFiles_findsOtherNeoplasms(tmp_path):
     """A patient below 51_OtherNeoplasms is in the file list, with a finding that it is not a glioma."""
     name = 'BraTS-SSA-00001-000'
@@ -192,7 +144,7 @@ def test_checkFiles_readsTheDecathlon(tmp_path):
     assert len(cohort.checkFiles(df)) == 0
     df.loc['BRATS_002', 'seg'] = str(tmp_path / 'gone.nii.gz')
     table = cohort.checkFiles(df)
-    assert table.values.tolist() == [['BRATS_002', 'gone.nii.gz', 'does not exist.']]
+    assert table.values.tolist() == [['BRATS_002', 'gone.nii.gz', 'does not exist.', True]]
     unknown = pd.DataFrame({name: f'Smith_{name}.nii' for name in COLUMNS}, index=['Smith'])
     assert 'the edition cannot be detected' in cohort.checkFiles(unknown)['finding'].item()
 
@@ -213,6 +165,16 @@ def test_split_isAPartitionBySeed():
 def test_split_leavesNoSetEmptyFromThreePatientsOn(number):
     """However few the patients, each of the three sets has one."""
     assert all(len(part) for part in cohort.split(listOf(number)))
+
+
+def test_split_saysThatTwoSubjectsAreTooFew(tmp_path, capsys):
+    """Three patients of two subjects leave the test set empty, and a message says why."""
+    ids = [f'BraTS-GLI-{number}' for number in ('00001-000', '00001-001', '00002-000')]
+    parts = cohort.split(listEmptyFiles(tmp_path, *ids))
+    assert len(parts[2]) == 0
+    assert (
+        '3 patients are 2 subjects; three are needed for a set to validate and one to test' in capsys.readouterr().out
+    )
 
 
 def test_split_countsPatientsWithoutSegmentation(capsys):
@@ -388,6 +350,15 @@ def test_describeCohort_listsEditionGradeAndSubject(tmp_path):
     assert list(table.columns) == ['edition', 'grade', 'subject', 'necrotic core', 'edema', 'enhancing tumor']
     assert table.iloc[0].tolist() == ['BraTS2019', 'LGG', 'BraTS19_A_1', 0, 0, pytest.approx(0.06)]
     assert table.iloc[1, 3:].isna().all()
+
+
+def test_describeCohort_leavesOutBadPatientsOnRequest(writeCohort):
+    """A segmentation that cannot be read ends it, or is left out of the table, as config says."""
+    df = writeCohort(BAD['an image for a seg'][2])
+    with pytest.raises(ValueError, match='BraTS20_Training_002'):
+        cohort.describeCohort(df)
+    config.ON_BAD_PATIENT = 'leaveOut'
+    assert list(cohort.describeCohort(df).index) == ['BraTS20_Training_001']
 
 
 def test_describeCohort_measuresEachClassInItsColumn(writeCase):

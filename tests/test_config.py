@@ -34,6 +34,11 @@ def test_config_findsAFolderThatIsSetLater(monkeypatch, tmp_path):
     assert str(tmp_path) == config.DATA_FOLDER
 
 
+def test_config_listsWhatItFinds():
+    """dir() names the values that are found, and so does the settings.json of a folder of results."""
+    assert {'DEVICE', 'TRAIN_FILE', 'LAST_CHECKPOINT', 'EPOCHS'} <= set(dir(config))
+
+
 def test_config_importsNothingHeavy():
     """Importing config neither imports torch nor touches a device: loader workers import it."""
     code = 'import config, sys; print("torch" in sys.modules)'

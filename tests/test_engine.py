@@ -219,6 +219,27 @@ def test_validate_sumsOverSamples(inFloat32, numBatches):
     assert not model.training and torch.equal(flatten(model), before)
 
 
+def test_train_countsEveryBatchOfALoaderThatGivesFewer(inFloat32):
+    """A loader of 25 batches by its length that gives 23: all 23 count, the three after the last check too."""
+
+    class Short(list):
+        def __len__(self):
+            return 25
+
+    loader = Short([(torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long))] * 23)
+    model, criterion = torch.nn.Conv2d(3, 4, 1), torch.nn.CrossEntropyLoss()
+    expected = 46 * criterion(model(loader[0][0]), loader[0][1]).item()
+    assert engine.validate(model, criterion, loader) == pytest.approx(expected, rel=1e-5)
+
+
+def test_train_refusesAnOptimizerOfAnotherModel():
+    """An optimizer made for a model that was replaced since would train nothing, silently."""
+    model, other = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(3, 4, 1)
+    with pytest.raises(ValueError, match='The optimizer has none of the parameters of the model'):
+        engine.train(model, torch.nn.CrossEntropyLoss(), torch.optim.SGD(other.parameters(), 0.1), SCALER, [])
+
+
+@pytest.mark.filterwarnings('ignore:The model was trained on')
 @pytest.mark.parametrize('cache', [0, 4])
 def test_train_keepsMemoryAndHandlesBounded(writeCase, tmp_path, cache):
     """After three epochs, five more take no memory, file handle or process, whether patches are cached or not."""

@@ -8,6 +8,7 @@ import pytest
 import torchio as tio
 
 import config
+import fingerprint
 import preprocess
 
 HOME = Path(__file__).resolve().parent.parent
@@ -76,8 +77,8 @@ def test_notebook_showsTheTransformsThatMakeTransformsReturns():
     names = {'config': config, 'preprocess': preprocess, 'tio': tio}
     exec(source, names)
     written = [names[name] for name in ('trainTransform', 'valTransform', 'testTransform')]
-    assert [preprocess.fingerprint(each) for each in written] == [
-        preprocess.fingerprint(each) for each in preprocess.makeTransforms()
+    assert [fingerprint.fingerprint(each) for each in written] == [
+        fingerprint.fingerprint(each) for each in preprocess.makeTransforms()
     ]
 
 

@@ -42,6 +42,15 @@ def test_makeFileList_ignoresOtherFiles(tmp_path):
     assert list(patients.makeFileList(tmp_path).index) == ['BraTS2021_00001']
 
 
+@pytest.mark.parametrize('edition', [None, 'BraTS2020'])
+def test_makeFileList_makesNoPatientOfASegmentation(tmp_path, capsys, edition):
+    """A foreign file named like a segmentation, as programs write them, neither stops the list nor enters it."""
+    config.EDITION = edition
+    touch(tmp_path, *names('BraTS2021_00001'), 'results/patient7_seg.nii.gz', 'BraTS2021_00002_seg.nii.gz')
+    assert list(patients.makeFileList(tmp_path).index) == ['BraTS2021_00001']
+    assert 'BraTS2021_00002_seg.nii.gz is ignored: BraTS2021_00002 has no image' in capsys.readouterr().out
+
+
 def test_makeFileList_entersALoopOfLinksOnce(tmp_path):
     """A link to a folder above it does not add files twice, nor run forever."""
     touch(tmp_path, *names('BraTS2021_00001'))
@@ -321,12 +330,6 @@ def test_spacingOf_followsTheAxesOfPredict(writeCase):
     turned = np.array([[0, 0, -1, 0], [2, 0, 0, 0], [0, 3, 0, 0], [0, 0, 0, 1]])
     paths = writeCase(volumesOf(np.ones((3, 4, 5, 6), np.int16)), affine=turned)
     assert patients.spacingOf(paths) == (3, 1, 2)
-
-
-def test_axisOrder_namesWhereTheAxesPoint(tmp_path):
-    """BraTS's axes run to the left, the back and the top."""
-    save(np.zeros((2, 2, 2), np.uint8), tmp_path / 'a.nii', np.diag([-1, -1, 1, 1]))
-    assert patients.axisOrder(tmp_path / 'a.nii') == 'LPS'
 
 
 @pytest.mark.parametrize('ending', ['.nii', '.nii.gz'])

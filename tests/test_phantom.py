@@ -168,8 +168,8 @@ def test_makeCases_mapsNamesToGrades(five):
 @pytest.mark.parametrize(
     ('n', 'options', 'message'),
     [
-        (0, {}, 'n is 0'),
-        (1, {'seed': -1}, 'seed is -1'),
+        (0, {}, 'n is 0, seed 0; at least 1 patient'),
+        (1, {'seed': -1}, 'n is 1, seed -1'),
         (1, {'shape': (64, 64, 15)}, r'\(64, 64, 15\).*16'),
         (1, {'shape': (64, 64)}, r'\(64, 64\).*three'),
         (1, {'shape': (64, 64, 20.5)}, r'20\.5.*whole'),
@@ -180,3 +180,20 @@ def test_makeCases_refusesInvalidArguments(tmp_path, n, options, message):
     with pytest.raises(ValueError, match=message):
         phantom.makeCases(tmp_path / 'none', n, **options)
     assert not (tmp_path / 'none').exists()
+
+
+def test_makeCases_mixesWithNoOtherPatients(tmp_path):
+    """Older phantoms beyond n, and patients that are no phantoms, are refused and stay; equal calls may be repeated."""
+    options = {'shape': (24, 24, 16)}
+    phantom.makeCases(tmp_path, 2, **options)
+    phantom.makeCases(tmp_path, 2, seed=1, **options)
+    with pytest.raises(
+        ValueError, match=r'files of other patients, such as BraTS20_Training_002_.*choose another folder'
+    ):
+        phantom.makeCases(tmp_path, 1, **options)
+    real = tmp_path / 'BraTS20_Training_001' / 'BraTS20_Training_001_t1.nii.gz'
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.int16), np.eye(4)), real)
+    before = real.read_bytes()
+    with pytest.raises(ValueError, match='such as BraTS20_Training_001_t1'):
+        phantom.makeCases(tmp_path, 2, **options)
+    assert real.read_bytes() == before

@@ -256,7 +256,9 @@ def test_predictFolder_writesSegmentationsScoresAndSettings(df, tmp_path):
     assert sorted(table['patient'].unique()) == [ids[0], ids[2]]
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / 'out' / 'scores.csv'), table, check_dtype=False)
     settings = json.loads((tmp_path / 'out' / 'settings.json').read_text())
-    assert settings['prediction'] == {'ml': 0, 'N': 0, 'patchStride': 24} and settings['config']['PATCH_SIZE'] == 32
+    made = settings['prediction']
+    assert made['kind'] == {'patchStride': 24, 'mirror': False} and made['rules'] is None and made['trainedOn'] == []
+    assert settings['config']['PATCH_SIZE'] == 32 and settings['found']['TRAIN_FILE'].endswith('train.h5')
     assert settings['versions']['torch'] == torch.__version__
     pd.testing.assert_frame_equal(postprocess.scoreFolder(df, tmp_path / 'out' / 'upload'), table)
 
@@ -282,20 +284,22 @@ def test_predictFolder_appliesEachRule(writeCase, tmp_path):
             classes[:, 5:9, 5:9] = 3  # 16 pixels on 4 slices: 64 voxels of 8 mm3 = 0.512 ml
             return 9.0 * torch.nn.functional.one_hot(classes, 4).movedim(-1, 1)
 
-    def labelsWith(**rules):
-        postprocess.predictFolder(df, Square(), tmp_path / 'out', **rules)
-        return set(np.unique(np.asarray(nib.load(tmp_path / 'out' / 'upload' / f'{PATIENT}.nii.gz').dataobj)).tolist())
+    def labelsWith(**values):
+        folder = tmp_path / str(values)
+        postprocess.predictFolder(df, Square(), folder, rules=postprocess.Tuning(**values) if values else None)
+        return set(np.unique(np.asarray(nib.load(folder / 'upload' / f'{PATIENT}.nii.gz').dataobj)).tolist())
 
     assert labelsWith() == labelsWith(N=64) == labelsWith(ml=0.5) == {0, 4}
     assert labelsWith(N=65) == {0, 1} and labelsWith(ml=0.52) == labelsWith(N=65, ml=0.52) == {0}
 
 
 def test_writeScores_writesAnEmptyTable(tmp_path):
-    """Without scores the table has its columns and no row; the settings are written all the same."""
+    """Without scores the table has its columns and no row; the settings are written nevertheless."""
     table = postprocess.writeScores({}, tmp_path, mirror=True)
     assert list(table.columns) == ['patient', 'region'] and len(table) == 0
     assert (tmp_path / 'scores.csv').read_text() == 'patient,region\n'
-    assert json.loads((tmp_path / 'settings.json').read_text())['prediction'] == {'mirror': True}
+    made = json.loads((tmp_path / 'settings.json').read_text())['prediction']
+    assert made['kind'] == {'patchStride': None, 'mirror': True} and made['mirror'] is True
 
 
 def test_scoreFolder_equalsScorePatient(df, tmp_path, capsys):

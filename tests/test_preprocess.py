@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import io
 import json
@@ -15,9 +16,10 @@ import torch
 import torchio as tio
 
 import config
+import patients
 import preprocess
 import transforms
-from conftest import volumesOf
+from conftest import PATCHES, volumesOf
 
 ORIGINS = ('slice', 'row', 'column')
 
@@ -79,7 +81,7 @@ def test_makeDataset_cutsWhatPredictionSees(writeCase, tmp_path, fraction, dtype
     preprocess.makeDataset(dataframe=listOf(P1=paths), filename=files[0])
     preprocess.makeDataset(dataframe=listOf(P1=paths), filename=files[1], transform=transforms.makeTransforms()[2])
     with h5py.File(files[0]) as part, h5py.File(files[1]) as whole:
-        for name in whole:
+        for name in PATCHES:
             np.testing.assert_array_equal(part[name][:], whole[name][:])
         assert len(part['image']) >= 1 + bool(fraction) and part['image'].dtype == np.float16
 
@@ -90,8 +92,9 @@ def test_makeDataset_dropsPatchesWithoutTumor(writeCase, tmp_path):
     assert preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5') == 1
     with h5py.File(tmp_path / 'a.h5') as file:
         assert [file[name][0] for name in ORIGINS] == [2, 0, 0]
-        assert json.loads(file.attrs['patients']) == ['P1'] and json.loads(file.attrs['leftOut']) == {}
-        assert json.loads(file.attrs['settings'])['PATCH_STRIDE'] == 24
+        found = json.loads(file['identity'][()])
+        assert list(found['patients']) == ['P1'] and json.loads(file['leftOut'][()]) == {}
+        assert found['patchStride'] == 24 and found['modalities'] == ['t1ce', 't2', 'flair']
 
 
 def test_makeDataset_keepsAFractionOfTheBrainBySeed(writeCase, tmp_path):
@@ -130,7 +133,7 @@ def test_makeDataset_numbersWindowsOfAnOblongVolume(writeCase, tmp_path):
 
 
 def test_makeDataset_numbersItsPatients(writeCase, tmp_path, capsys):
-    """`patient` counts the attribute `patients`; one without a segmentation is in neither; backgrounds differ."""
+    """`patient` counts the patients of the identity; one without a segmentation is in neither; backgrounds differ."""
     ids = {f'P{i}': f'BraTS20_Training_00{i}' for i in (1, 2, 3)}
     rows = {name: makePatient(writeCase, patient=patient, shape=(80, 80, 12))[-1] for name, patient in ids.items()}
     rows['P2'] = {**rows['P2'], 'seg': None}
@@ -138,7 +141,7 @@ def test_makeDataset_numbersItsPatients(writeCase, tmp_path, capsys):
     preprocess.makeDataset(dataframe=listOf(**rows), filename=tmp_path / 'a.h5')
     with h5py.File(tmp_path / 'a.h5') as file:
         numbers = file['patient'][:]
-        assert set(numbers) == {0, 1} and file.attrs['patients'] == '["P1", "P3"]'
+        assert set(numbers) == {0, 1} and list(json.loads(file['identity'][()])['patients']) == ['P1', 'P3']
         first, second = ([file[name][numbers == number].tolist() for name in ORIGINS] for number in (0, 1))
     assert first != second
     assert '1 of 3 patients have no segmentation' in capsys.readouterr().out
@@ -151,7 +154,7 @@ def test_makeDataset_writesTheSameWithAnyNumberOfWorkers(writeCase, tmp_path):
         preprocess.makeDataset(listOf(**rows), tmp_path / f'{config.PREPROCESS_WORKERS}.h5')
     with h5py.File(tmp_path / '1.h5') as one, h5py.File(tmp_path / '3.h5') as three:
         assert one['patient'][:].tolist() == list(range(10))
-        for name in one:
+        for name in PATCHES:
             np.testing.assert_array_equal(one[name][:], three[name][:])
 
 
@@ -210,25 +213,72 @@ def test_makeDataset_alwaysReplacesAFileOfALambda(writeCase, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ('name', 'value'),
-    [('MODALITIES', ('t2', 't1ce', 'flair')), ('EDITION', 'BraTS2021'), ('SEED', 1), ('BACKGROUND_SHARE', 0.5),
-     ('PATCH_SIZE', 40), ('PATCH_STRIDE', 16), ('STRETCH_RANGE', (0, 1)), ('STRETCH_PERCENTILES', (1, 99))],
+    [('MODALITIES', ('t2', 't1ce', 'flair')), ('SEED', 1), ('BACKGROUND_SHARE', 0.6), ('PATCH_SIZE', 40),
+     ('PATCH_STRIDE', 16), ('STRETCH_RANGE', (0, 1)), ('STRETCH_PERCENTILES', (1, 99))],
 )  # fmt: skip
 def test_makeDataset_replacesAFileOfOtherSettings(writeCase, tmp_path, capsys, name, value):
     """A file made with one number changed is not used."""
-    df = listOf(P1=makePatient(writeCase)[-1])
+    df, config.BACKGROUND_SHARE = listOf(P1=makePatient(writeCase)[-1]), 0.5
     preprocess.makeDataset(df, tmp_path / 'a.h5')
     setattr(config, name, value)
     preprocess.makeDataset(df, tmp_path / 'a.h5')
     assert 'has other patients or settings and is replaced' in capsys.readouterr().out
 
 
-def test_makeDataset_replacesAFileOfOtherFilesOfTheSameNames(writeCase, tmp_path, capsys):
-    """Patches of a patient are cut anew if a file of the patient was corrected."""
+def test_makeDataset_replacesAFileOfOtherLabels(writeCase, tmp_path, capsys, monkeypatch):
+    """The same files read by another edition's table of labels are cut anew."""
+    df = listOf(P1=makePatient(writeCase)[-1])
+    preprocess.makeDataset(df, tmp_path / 'a.h5')
+    edition = dataclasses.replace(patients.EDITIONS['BraTS2020'], classes={0: 0, 1: 1, 2: 2, 4: 1})
+    monkeypatch.setitem(patients.EDITIONS, 'BraTS2020', edition)
+    preprocess.makeDataset(df, tmp_path / 'a.h5')
+    assert "replaced: the labels' classes in each edition is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('ending', ['.nii', '.nii.gz'])
+@pytest.mark.parametrize('column', ['t2', 'seg'])
+def test_makeDataset_replacesAFileOfAMendedPatient(writeCase, tmp_path, capsys, column, ending):
+    """One voxel corrected in place, the file's size unchanged, has the patches cut anew; untouched files do not."""
     *_, paths = makePatient(writeCase)
-    preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5')
-    paths |= writeCase({'t2': np.ones((40, 44, 6), np.int16)}, folder='copy')
-    preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5')
-    assert 'has other patients or settings and is replaced' in capsys.readouterr().out
+    for name in paths:
+        nib.save(nib.load(paths[name]), paths[name].replace('.nii.gz', ending))
+        paths[name] = paths[name].replace('.nii.gz', ending)
+    df, file = listOf(P1=paths), tmp_path / 'a.h5'
+    assert isReplaced(capsys, file, df) and not isReplaced(capsys, file, df)
+    volume = np.asarray(nib.load(paths[column]).dataobj).copy()
+    volume[2, 3, 2] = 1
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), paths[column])
+    preprocess.makeDataset(df, file)
+    assert 'replaced: of its patients, 1 other files (P1)' in capsys.readouterr().out
+    assert not isReplaced(capsys, file, df)
+
+
+def test_makeDataset_triesAMendedPatientAgain(badAmongGood, tmp_path, capsys):
+    """A patient that was left out is read again once its file has been corrected."""
+    config.ON_BAD_PATIENT = 'leaveOut'
+    preprocess.makeDataset(badAmongGood, tmp_path / 'a.h5')
+    df = badAmongGood.assign(seg=badAmongGood['seg'].iloc[1])
+    preprocess.makeDataset(df, tmp_path / 'a.h5')
+    with h5py.File(tmp_path / 'a.h5') as file:
+        assert list(json.loads(file['identity'][()])['patients']) == ['P2', 'P3']
+
+
+def test_makeDataset_holdsMoreThanAnAttributeCan(writeCase, tmp_path, capsys):
+    """The identity of many patients, far beyond the 64 kB of an HDF5 attribute, is written and found."""
+    config.ON_BAD_PATIENT = 'leaveOut'
+    *_, paths = makePatient(writeCase)
+    rows = {f'P{number:04d}': {**paths, 't2': '/gone/' + 'x' * 200} for number in range(400)}
+    df, file = listOf(good=paths, **rows), tmp_path / 'a.h5'
+    assert isReplaced(capsys, file, df) and not isReplaced(capsys, file, df)
+
+
+def test_makeDataset_namesAClassThatNoPatchHas(writeCase, tmp_path, capsys):
+    """With enhancing tumor alone, the other two classes are named: a model cannot learn them."""
+    preprocess.makeDataset(listOf(P1=makePatient(writeCase)[-1]), tmp_path / 'a.h5')
+    printed = capsys.readouterr().out
+    for name in ('necrotic core', 'edema'):
+        assert f'None of these 1 patients has a patch with {name}' in printed
+    assert 'enhancing' not in printed
 
 
 @pytest.mark.parametrize('name', ['image', 'label', 'patient', *ORIGINS])
@@ -330,9 +380,9 @@ def test_makeDataset_leavesOutBadPatientsOnRequest(badAmongGood, tmp_path, capsy
         numPatches = preprocess.makeDataset(dataframe=badAmongGood, filename=tmp_path / 'a.h5')
         assert printed in capsys.readouterr().out
     with h5py.File(tmp_path / 'a.h5') as file, h5py.File(tmp_path / 'alone.h5') as alone:
-        assert json.loads(file.attrs['patients']) == ['P2'] and len(file['image']) == numPatches > 0
-        assert [*json.loads(file.attrs['leftOut'])] == ['P1', 'P3']
-        for name in alone:
+        assert list(json.loads(file['identity'][()])['patients']) == ['P2'] and len(file['image']) == numPatches > 0
+        assert [*json.loads(file['leftOut'][()])] == ['P1', 'P3']
+        for name in PATCHES:
             np.testing.assert_array_equal(file[name][:], alone[name][:])
     config.ON_BAD_PATIENT = 'stop'
     with pytest.raises(ValueError, match='2 of 3 patients'):
@@ -349,7 +399,7 @@ def test_makeDataset_leavesOutAPatientWithoutAFile(writeCase, tmp_path):
     gone = {**paths, 't2': None}
     preprocess.makeDataset(dataframe=listOf(P1=gone, P2=paths), filename=tmp_path / 'a.h5')
     with h5py.File(tmp_path / 'a.h5') as file:
-        assert 'no file for the modality t2' in json.loads(file.attrs['leftOut'])['P1']
+        assert 'no file for the modality t2' in json.loads(file['leftOut'][()])['P1'][0]
     with pytest.raises(ValueError, match='None of the 1 patients can be used: P1: no file for the modality t2'):
         preprocess.makeDataset(dataframe=listOf(P1=gone), filename=tmp_path / 'b.h5')
 
@@ -360,65 +410,3 @@ def test_makeDataset_drawsNoRandomNumbers(writeCase, tmp_path):
     before = torch.get_rng_state()
     preprocess.makeDataset(listOf(P1=paths), tmp_path / 'a.h5', transform=transforms.makeTransforms()[2])
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_fingerprint_isTheSameInEveryProcess():
-    """Equal transforms have one fingerprint, in another process too: no address of memory is in it."""
-    config.PATCH_SIZE = 128  # as in config.py, which the other process reads
-    expected, again = ([preprocess.fingerprint(one) for one in transforms.makeTransforms()] for _ in range(2))
-    code = 'import json, preprocess; print(json.dumps([*map(preprocess.fingerprint, preprocess.makeTransforms())]))'
-    home = Path(preprocess.__file__).parent
-    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=home)
-    assert json.loads(found.stdout) == json.loads(json.dumps(expected)) == json.loads(json.dumps(again))
-
-
-@pytest.mark.parametrize(
-    ('one', 'other'),
-    [
-        (tio.RescaleIntensity((0, 1)), tio.RescaleIntensity((0, 2))),
-        (tio.RescaleIntensity((0, 1)), tio.ZNormalization()),
-        (tio.Compose([tio.ToCanonical()]), tio.Compose([tio.ToCanonical(), tio.ToCanonical()])),
-        (tio.Lambda(identity), tio.Lambda(lower)),
-        (tio.CropOrPad(9), tio.CropOrPad(9, mask_name='y')),
-        (identity, lower),
-        (functools.partial(lower, 2), functools.partial(lower, 3)),
-        (np.abs, np.add),
-        ({1, 2}, {1, 3}),
-        ({'a': np.arange(2)}, {'a': np.arange(3)}),
-        (torch.zeros(2), torch.ones(2)),
-    ],
-)
-def test_fingerprint_differsForDifferentTransforms(one, other):
-    """Other parameters, kinds, functions or arguments make another fingerprint; each can be written as JSON."""
-    fingerprints = [json.dumps(preprocess.fingerprint(value)) for value in (one, one, other)]
-    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
-
-
-def makeNested():
-    def nested(subject):
-        return subject
-
-    return nested
-
-
-@pytest.mark.parametrize(
-    'function',
-    [lambda subject: subject, makeNested(), {}.get, tio.RescaleIntensity((0, 1)).apply_transform],
-    ids=['lambda', 'nested', 'builtin method', 'method'],
-)
-def test_fingerprint_refusesFunctionsWithoutAName(function):
-    """A lambda, a nested function and a method are refused, inside a torchio transform or a list too."""
-    for value in (function, tio.Lambda(function), functools.partial(function, 1), [function]):
-        with pytest.raises(ValueError, match='is not at the top level of an imported module'):
-            preprocess.fingerprint(value)
-
-
-@pytest.mark.parametrize('kind', ['function', 'class'])
-def test_fingerprint_refusesWhatANotebookDefines(monkeypatch, kind):
-    """The cell may be edited and run again: a function of __main__, or an object of its class, is refused."""
-    scope = {'__name__': '__main__'}
-    exec('def mine(subject):\n    return subject\nclass Mine:\n    pass', scope)
-    for name in ('mine', 'Mine'):
-        monkeypatch.setattr(sys.modules['__main__'], name, scope[name], raising=False)
-    with pytest.raises(ValueError, match=r'__main__\.[mM]ine is not at the top level of an imported module'):
-        preprocess.fingerprint(scope['mine'] if kind == 'function' else scope['Mine']())

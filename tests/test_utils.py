@@ -3,23 +3,23 @@ import pickle
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import config
 import preprocess
 import utils
+from conftest import writePatchFile
 
 
 def writePatches(file, numPatches=12, value=None):
     """Write a patch file as makeDataset does; patch k has the value k / 100, or the given one, and class k % 4."""
-    with h5py.File(file, 'w') as handle:
-        image = np.ones((numPatches, 3, 32, 32)) * np.arange(numPatches)[:, None, None, None] / 100
-        handle['image'] = (image if value is None else np.full_like(image, value)).astype(np.float16)
-        label = np.zeros((numPatches, 32, 32), np.uint8)
-        label[:, 4:20, 6:25] = np.arange(numPatches)[:, None, None] % 4
-        handle['label'] = label
-    return str(file)
+    image = np.ones((numPatches, 3, 32, 32)) * np.arange(numPatches)[:, None, None, None] / 100
+    image = image if value is None else np.full_like(image, value)
+    label = np.zeros((numPatches, 32, 32), np.uint8)
+    label[:, 4:20, 6:25] = np.arange(numPatches)[:, None, None] % 4
+    return writePatchFile(file, image.astype(np.float16), label)
 
 
 def makeLoader(dataset, **options):
@@ -107,23 +107,59 @@ def test_BRATSDataset_canBePickledWithAnOpenFile(tmp_path):
     assert torch.equal(copy[3][0], dataset[3][0]) and dataset.file
 
 
-def test_BRATSDataset_readsCachedPatchesOnce(tmp_path):
-    """Patches that fit into CACHE_PATCHES do not need the file again; one byte less, and they do."""
-    file, size = writePatches(tmp_path / 'a.h5'), 12 * 3 * 32 * 32 * 2 / 1e9  # GB
-    for config.CACHE_PATCHES, isCached in ((size, True), (size - 1e-9, False)):
+def test_BRATSDataset_readsCachedPatchesOnce(tmp_path, monkeypatch):
+    """Images and labels that fit into CACHE_PATCHES of the memory are read once; with one byte less they are not."""
+    file, size = writePatches(tmp_path / 'a.h5'), 12 * 32 * 32 * (3 * 2 + 1)  # bytes
+    monkeypatch.setattr(utils, '_memory', lambda: 1e6)
+    for config.CACHE_PATCHES, isCached in ((size / 1e6, True), ((size - 1) / 1e6, False)):
         dataset = utils.BRATSDataset(file, 12, None)
         dataset.file.close()
         assert dataset[3][0].shape == (3, 32, 32) and bool(dataset.file) is not isCached
 
 
 def test_BRATSDataset_refusesAFileThatDoesNotFit(tmp_path):
-    """A missing file, more patches than it has, and other modalities are refused."""
+    """A missing file, more patches than it has, and a file of another version are refused."""
     with pytest.raises(FileNotFoundError, match=r'none\.h5 does not exist; preprocess\.makeDataset writes it'):
         utils.BRATSDataset(tmp_path / 'none.h5', 1, None)
     file = writePatches(tmp_path / 'a.h5')
     for number in (13, 0):
         with pytest.raises(ValueError, match=f'has 12 patches, {number} were requested'):
             utils.BRATSDataset(file, number, None)
-    config.MODALITIES = ('t1ce', 't2')
-    with pytest.raises(ValueError, match=r'has 3 modalities, config\.MODALITIES 2'):
+    with h5py.File(tmp_path / 'old.h5', 'w') as old:
+        old['image'], old['label'] = np.zeros((2, 3, 32, 32), np.float16), np.zeros((2, 32, 32), np.uint8)
+    with pytest.raises(ValueError, match=r'old\.h5 is of another version .*; preprocess\.makeDataset cuts it anew'):
+        utils.BRATSDataset(tmp_path / 'old.h5')
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'words'),
+    [
+        ('MODALITIES', ('t1ce', 't2'), r"MODALITIES is \['t1ce', 't2', 'flair'\], not \['t1ce', 't2'\]"),
+        ('MODALITIES', ('flair', 't2', 't1ce'), r"MODALITIES is .*, not \['flair', 't2', 't1ce'\]"),
+        ('CLASS_NAMES', ('background', 'edema', 'necrotic core', 'enhancing tumor'), 'CLASS_NAMES is'),
+        ('PATCH_SIZE', 64, r'config\.PATCH_SIZE is 32, not 64'),
+        ('STRETCH_RANGE', (0, 1), r'-1, 1\]\], not .*0\.0, 1\.0\]\]'),
+        ('STRETCH_PERCENTILES', (5, 95), r'0\.5, 99\.5\], .* not \[\[5\.0, 95\.0\]'),
+        ('EDITION', 'BraTS2024', "its patients are of BraTS2020, not config.EDITION = 'BraTS2024'"),
+    ],
+)
+def test_BRATSDataset_refusesAFileOfOtherSettings(tmp_path, name, value, words):
+    """A file cut with other modalities or the same in another order, other classes, size, stretching or edition."""
+    file = writePatches(tmp_path / 'a.h5')
+    setattr(config, name, value)
+    with pytest.raises(ValueError, match=rf'a\.h5 was cut with other settings: .*{words}.*Cut it again'):
         utils.BRATSDataset(file, 12, None)
+
+
+def test_BRATSDataset_copiesAFileOfAMountedDrive(tmp_path, monkeypatch):
+    """A file on Drive that does not fit into memory is read from a copy on the local disk."""
+    config.CACHE_PATCHES = 0
+    file = writePatches(tmp_path / 'a.h5')
+    monkeypatch.setattr(utils, '_DRIVE', str(tmp_path))
+    dataset = utils.BRATSDataset(file, 12)
+    assert dataset.path != file and dataset[3][0][0, 0, 0] == pytest.approx(0.03, abs=1e-4)
+
+
+def test_memory_isThatOfTheMachine():
+    """Outside a container with a limit, the memory is what the system reports; never more."""
+    assert 0 < utils._memory() <= psutil.virtual_memory().total

@@ -27,18 +27,18 @@ def makeCalibration(predicted, observed, count=1000):
 
 
 def test_countCalibration_countsByHand():
-    """Six voxels by hand: 0.05, twice 0.1 (bin 1 holds its lower end), 1 in the last bin, two left out."""
+    """Six voxels by hand: 0.05 and 0 of the background are left out, 0.1 lies in bin 1, 1 in the last bin."""
     values = np.array([0.05, 0.1, 0.1, 1.0, 0.0, 0.0])  # of class 3
     probability = np.zeros((1, 4, 2, 3))
     probability[0, 3] = values.reshape(2, 3)
     probability[0, 0] = 1 - probability[0, 3]
-    counts = pictures.countCalibration(probability, np.array([[[0, 3, 0], [3, 3, 2]]]))
+    counts = pictures.countCalibration(probability, np.array([[[0, 3, 0], [3, 0, 2]]]))
     assert counts.shape == (3, 3, 11)
     assert counts[0, 2].tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0, 1, 2]
-    assert np.allclose(counts[1, 2], [0.05, 0.2, 0, 0, 0, 0, 0, 0, 0, 1, 0])
-    assert counts[2, 2].tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+    assert np.allclose(counts[1, 2], [0, 0.2, 0, 0, 0, 0, 0, 0, 0, 1, 0.05])
+    assert counts[2, 2].tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0]
     assert counts[0, 0].tolist() == [4] + [0] * 9 + [2]
-    assert counts[2, 1].tolist() == [0] * 10 + [1]  # edema with a probability of 0
+    assert counts[2, 1].tolist() == [1] + [0] * 10  # edema with a probability of 0 is missed, not left out
 
 
 def test_countCalibration_addsUp():
@@ -83,12 +83,23 @@ def test_plotCalibration_overconfidentLiesBelow():
     assert panel.get_title() == 'Calibration of the probabilities of 2 patients'
 
 
-def test_plotCalibration_namesWhatIsLeftOut():
-    """1000 of 2000 voxels are left out, with 100 of the 600 of the tumor: in the label, not in the ECE."""
-    counts = pictures.countCalibration(*makeCalibration([0.0, 0.5], [0.1, 0.5]))
-    panel, below = pictures.plotCalibration(counts).axes
-    assert 'background above 0.999, 50.00% of all voxels\n(they hold 16.67% of the true tumor)' in below.get_xlabel()
-    assert legendTexts(panel)[3] == 'enhancing tumor, ECE 0.000'
+def test_plotCalibration_isNotFloodedByBackground():
+    """Predicted at 0.9 where a quarter is tumor, the ECE is 0.65, whatever the number of background voxels at 0.01."""
+    for numBackground in (10, 1_000_000):
+        probability, y = makeCalibration([0.9], [0.25])
+        background, _ = makeCalibration([0.01], [0.0], numBackground)
+        probability = np.concatenate([probability, background], axis=3)
+        y = np.concatenate([y, np.zeros((1, 1, numBackground), int)], axis=2)
+        panel, below = pictures.plotCalibration(pictures.countCalibration(probability, y)).axes
+        assert legendTexts(panel)[3] == 'enhancing tumor, ECE 0.650'
+    assert 'tumor in truth, or probability of a tumor class at least 0.1\n' in below.get_xlabel()
+    assert 'the others, 99.90% of all, are left out' in below.get_xlabel()
+
+
+def test_plotCalibration_showsMissedTumor():
+    """1000 voxels of tumor with probability 0 are in the first bin, 1 off the diagonal."""
+    panel = pictures.plotCalibration(pictures.countCalibration(*makeCalibration([0.0], [1.0]))).axes[0]
+    assert legendTexts(panel)[3] == 'enhancing tumor, ECE 1.000'
 
 
 def test_plotCalibration_refusesOtherCounts():

@@ -1,0 +1,106 @@
+"""Work on the patients of a file list, several at a time, and treat those that cannot be used by one rule."""
+
+import warnings
+
+from joblib import Parallel, delayed, effective_n_jobs
+from tqdm.auto import tqdm
+
+import config
+
+_AHEAD = 8  # patients per thread that may be ready before the caller takes them; bounds the memory
+
+
+def forEachPatient(function, df, description):
+    """Yield `function(paths)` for each row of a file list, in order; joblib runs several patients at a time.
+
+    `config.PREPROCESS_WORKERS` threads work on the patients: reading and counting release the interpreter's lock. Under
+    `joblib.parallel_config` another backend takes their place.
+
+    Args:
+        function: takes one row of the file list. The first error that it raises is raised here and ends the work.
+        df: file list.
+        description: text of the progress bar.
+    """
+    rows = [paths for _, paths in df.iterrows()]
+    block = _AHEAD * effective_n_jobs(config.PREPROCESS_WORKERS)
+    bar = tqdm(total=len(rows), desc=description, leave=False)
+    with bar, Parallel(config.PREPROCESS_WORKERS, prefer='threads', return_as='generator') as parallel:
+        for start in range(0, len(rows), block):  # joblib itself does not wait for the caller to take results
+            results = parallel(delayed(function)(paths) for paths in rows[start : start + block])
+            try:
+                for result in results:
+                    bar.update()
+                    yield result
+            finally:
+                with warnings.catch_warnings():  # joblib warns of unused results when the caller stops early
+                    warnings.filterwarnings('ignore', r'.*\btasks\b')
+                    results.close()
+
+
+def attempt(function):
+    """Return a function that returns what `function(paths)` returns, or the error that bad data raised.
+
+    Args:
+        function: takes one row of the file list and raises a ValueError or OSError that names patient and file.
+    """
+
+    def tryTo(paths):
+        try:
+            return function(paths)
+        except (ValueError, OSError) as error:
+            return error
+
+    return tryTo
+
+
+def leaveOut(error, progress=''):
+    """Leave out a patient that cannot be used: print the error, or raise it, as `config.ON_BAD_PATIENT` says.
+
+    Args:
+        error: ValueError or OSError that names patient and file.
+        progress: sentence on what was done before, added to the error.
+    """
+    _checkRule()
+    if config.ON_BAD_PATIENT == 'stop':
+        raise type(error)(f"{error} {progress} config.ON_BAD_PATIENT = 'leaveOut' would go on.") from error
+    print(f'Left out: {error}')
+
+
+def reportBad(bad, numPatients):
+    """Raise, or print, the errors of all bad patients at once, as `config.ON_BAD_PATIENT` says.
+
+    Args:
+        bad: dict of patient -> error.
+        numPatients: how many patients there are, bad ones included.
+
+    Raises:
+        ValueError, OSError: there is a bad patient and the rule is 'stop', or no good one.
+    """
+    _checkRule()
+    if bad and config.ON_BAD_PATIENT == 'stop':
+        if len(bad) == 1:
+            raise next(iter(bad.values()))
+        first = '\n'.join(str(error) for error in list(bad.values())[:20])
+        raise ValueError(f'{len(bad)} of {numPatients} patients cannot be used. The first of them:\n{first}')
+    if bad and len(bad) == numPatients:
+        raise ValueError(f'None of the {numPatients} patients can be used: {next(iter(bad.values()))}')
+    for error in bad.values():
+        print(f'Left out: {error}')
+
+
+def _checkRule():
+    """Raise a ValueError if `config.ON_BAD_PATIENT` is unknown."""
+    if config.ON_BAD_PATIENT not in ('stop', 'leaveOut'):
+        raise ValueError(f"config.ON_BAD_PATIENT is {config.ON_BAD_PATIENT!r}; 'stop' or 'leaveOut' was expected.")
+
+
+def resultsOf(function, df, description):
+    """Return a dict of patient -> `function(paths)`; patients that cannot be used are treated as in `reportBad`.
+
+    Args:
+        function, df, description: as in `forEachPatient`.
+    """
+    results = dict(zip(df.index, forEachPatient(attempt(function), df, description), strict=True))
+    bad = {patient: each for patient, each in results.items() if isinstance(each, Exception)}
+    reportBad(bad, len(df))
+    return {patient: each for patient, each in results.items() if patient not in bad}

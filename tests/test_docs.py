@@ -1,0 +1,72 @@
+"""The Python blocks of README and docs run as they are written."""
+
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+
+import checkpoints
+import config
+import engine
+import phantom
+import preprocess
+import utils
+
+HOME = Path(__file__).resolve().parent.parent
+
+
+def blocksOf(file):
+    """Return the Python blocks of a Markdown file."""
+    return re.findall(r'^```python\n(.*?)^```$', (HOME / file).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty current folder, and sizes at which a network trains within a second."""
+    monkeypatch.chdir(tmp_path)
+    config.ENCODER_NAME, config.ENCODER_DEPTH, config.DECODER_CHANNELS = 'resnet18', 3, (16, 8, 8)
+    config.EPOCHS, config.BATCHSIZE, config.BOOTSTRAP_RESAMPLES = 2, 8, 100
+    return tmp_path
+
+
+@pytest.mark.filterwarnings('error:The model was trained on')
+def test_crossValidation_testsEachPatientOnceInAFolderOfItsFold(home, capsys):
+    """Five patients in five folds are each scored once, by a model that has not seen them; run again, none trains."""
+    config.DATA_FOLDER = 'patients'
+    ids = phantom.makeCases('patients', 5, shape=(40, 40, 16))
+    [block] = blocksOf('docs/cross_validation.md')
+    names = {}
+    exec(block, names)
+    assert sorted(set(names['table']['patient'])) == ids and len(names['table']) == 5 * len(config.REGIONS)
+    for number in range(1, 6):
+        model = checkpoints.loadModel(f'fold{number}/last.pt')
+        [tested] = set(pd.read_csv(f'fold{number}/results/scores.csv')['patient'])
+        assert set(model.identity['earlier']) == set(ids) - {tested}
+    files = {file: file.read_bytes() for file in home.glob('fold*/last.pt')}
+    again = {}
+    exec(block, again)
+    assert len(files) == 5 and all(file.read_bytes() == content for file, content in files.items())
+    pd.testing.assert_frame_equal(again['table'], names['table'])
+
+
+@pytest.mark.filterwarnings('ignore:The model was trained on')
+def test_readme_runsAsItIsWritten(home, monkeypatch):
+    """After the demo, its blocks predict a patient, and segment, score and draw the patients that are no training."""
+    monkeypatch.setattr(config, 'DEMO', config.DEMO | {'DECODER_CHANNELS': (16, 8, 8)})
+    vars(config).update(config.DEMO)
+    ids = phantom.makeCases(config.DATA_FOLDER, 3, shape=(40, 40, 16))
+    preprocess.makeDataset(utils.makeFileList()[:1], config.TRAIN_FILE)
+    model, scaler = engine.makeModel(), torch.amp.GradScaler('cuda', enabled=False)
+    optimizer = torch.optim.SGD(model.parameters(), config.LEARN_RATE)
+    loader = torch.utils.data.DataLoader(utils.BRATSDataset(config.TRAIN_FILE), 8)
+    loss = engine.train(model, engine.makeCriterion(), optimizer, scaler, loader)
+    utils.makeCheckpoint(0, model, optimizer, None, scaler, loss, loss, 1e9)
+    names = {}
+    for block in blocksOf('README.md'):
+        exec(block, names)
+    plt.close('all')
+    assert (home / 'BraTS20_Training_001.nii.gz').is_file() and (home / 'scores.png').is_file()
+    assert sorted(set(names['table']['patient'])) == ids[1:]
