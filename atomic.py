@@ -32,8 +32,9 @@ def writeAtomically(file):
             os.fsync(written.fileno())
         os.replace(part, file)
     except BaseException as error:
-        with suppress(OSError):  # the first error says more
-            part.unlink(missing_ok=True)
+        if not isinstance(error, BlockingIOError):  # HDF5's lock: another process is writing this part
+            with suppress(OSError):  # the first error says more
+                part.unlink(missing_ok=True)
         number = _errnoOf(error)
         if number:  # errors about bad input have no number
             raise OSError(number, f'{file} could not be written: {os.strerror(number)}') from error

@@ -13,11 +13,13 @@ import torch
 
 import config
 from atomic import writeAtomically
-from identity import CUT, SEEN, asEarlier, differences, patientDifferences, plain, readIdentity
+from identity import CUT, SEEN, differences, patientDifferences, plain, readIdentity
+from trained import asEarlier, bare, identityOf
 
 FORMAT = 3  # of a checkpoint; raised when its layout changes. In format 1 the history counts epochs from 0
 _RECIPE = (  # numbers that must not change within a run
-    *('SEED', 'LOSS_GAMMA', 'LEARN_RATE', 'WEIGHT_DECAY', 'GRADIENT_CLIP', 'SCHEDULER_FACTOR', 'SCHEDULER_PATIENCE'),
+    *('SEED', 'LOSS', 'LOSS_GAMMA', 'LEARN_RATE', 'WEIGHT_DECAY', 'GRADIENT_CLIP', 'SCHEDULE', 'WARMUP', 'POLY_POWER'),
+    *('SCHEDULER_FACTOR', 'SCHEDULER_PATIENCE', 'AVERAGE'),
 )
 
 
@@ -47,6 +49,26 @@ def epochs(start):
         begin = time.monotonic()
         yield epoch
         longest = max(longest, time.monotonic() - begin)
+        if epoch == start:
+            _tellHowManyFit(epoch + 1, longest)
+
+
+def _tellHowManyFit(done, seconds):
+    """Print, after the first epoch, how many epochs fit into the time, if they are fewer than planned."""
+    if config.TIME_BUDGET is None or config.SCHEDULE != 'poly':
+        return
+    numFitting = done + int((config.TIME_BUDGET - _hoursUsed()) * 3600 / seconds)
+    if numFitting < config.EPOCHS:
+        print(
+            f'About {numFitting} of {config.EPOCHS} epochs fit into the {config.TIME_BUDGET} hours of '
+            'config.TIME_BUDGET: the learning rate will still be high when time is up. Resume in another session, or '
+            f'begin anew with config.EPOCHS = {numFitting}.'
+        )
+
+
+def _hoursUsed():
+    """Return the hours since this process started."""
+    return (time.time() - psutil.Process().create_time()) / 3600
 
 
 def _reasonToStop(epoch, longest):
@@ -56,7 +78,7 @@ def _reasonToStop(epoch, longest):
     if config.PATIENCE is not None and numWorse >= config.PATIENCE:
         return f'the last {numWorse} did not improve the validation loss (config.PATIENCE = {config.PATIENCE})'
     if config.TIME_BUDGET is not None:
-        used = (time.time() - psutil.Process().create_time()) / 3600
+        used = _hoursUsed()
         if used + longest / 3600 > config.TIME_BUDGET:
             return (
                 f'{used:.2f} of the {config.TIME_BUDGET} hours of config.TIME_BUDGET are used, and an epoch takes '
@@ -65,7 +87,9 @@ def _reasonToStop(epoch, longest):
     return None
 
 
-def makeCheckpoint(epoch, model, optimizer, scheduler, scaler, trainLoss, valLoss, bestValLoss):
+def makeCheckpoint(
+    epoch, model, optimizer, scheduler, scaler, trainLoss, valLoss, bestValLoss, average=None, dice=None
+):
     """Write `config.LAST_CHECKPOINT` and `history.csv`, and `config.BEST_CHECKPOINT` if `valLoss` improved.
 
     Each file is written atomically. A checkpoint holds the weights, the states of optimizer, scheduler, scaler and
@@ -78,6 +102,8 @@ def makeCheckpoint(epoch, model, optimizer, scheduler, scaler, trainLoss, valLos
         scheduler: learning rate scheduler, or None.
         trainLoss, valLoss: losses of this epoch, per sample.
         bestValLoss: the best validation loss before this epoch; infinite at the start.
+        average: moving average of the weights (`engine.makeAverage`). Without an optimizer, its weights are loaded.
+        dice: dict of region to Dice of this epoch, as `engine.validate` returns it, for the history.
 
     Returns:
         float, the best validation loss so far.
@@ -85,25 +111,29 @@ def makeCheckpoint(epoch, model, optimizer, scheduler, scaler, trainLoss, valLos
     Raises:
         ValueError: the epoch is not the next one of the last checkpoint, which then stays as it is.
     """
-    history = _checkIsNext(epoch)
+    history = _checkIsNext(epoch, model)
     trainLoss, valLoss = float(trainLoss), float(valLoss)
     isBest = valLoss < bestValLoss
     best = valLoss if isBest else float(bestValLoss)
     # that of the epoch; the scheduler has already set the next one's
     rate = float(getattr(optimizer, 'learnRate', optimizer.param_groups[0]['lr']))
-    history.append({'epoch': int(epoch) + 1, 'trainLoss': trainLoss, 'valLoss': valLoss, 'learnRate': rate})
+    row = {'epoch': int(epoch) + 1, 'trainLoss': trainLoss, 'valLoss': valLoss, 'learnRate': rate}
+    history.append(row | {f'dice{region}': float(value) for region, value in (dice or {}).items()})
     checkpoint = {
         'format': FORMAT,
         'settings': _settings(model),
         'recipe': _recipe(),
-        'identity': getattr(model, 'identity', None),
+        'epochs': int(config.EPOCHS),
+        'identity': identityOf(model),
         'nextEpoch': int(epoch) + 1,
         'trainLoss': trainLoss,
         'valLoss': valLoss,
         'bestValLoss': best,
         'history': history,
-        'model': model.state_dict(),
+        'model': bare(model).state_dict(),
+        'average': None if average is None else average.state_dict(),
         'optimizer': optimizer.state_dict(),
+        'optimizerName': type(optimizer).__name__,
         'scheduler': None if scheduler is None else scheduler.state_dict(),
         'scaler': scaler.state_dict(),
         'random': _randomStates(),
@@ -119,8 +149,8 @@ def makeCheckpoint(epoch, model, optimizer, scheduler, scaler, trainLoss, valLos
     return best
 
 
-def _checkIsNext(epoch):
-    """Return the last checkpoint's history; raise a ValueError if its run goes on at another epoch than this one."""
+def _checkIsNext(epoch, model=None):
+    """Return the last checkpoint's history; raise a ValueError if it is another run, or goes on at another epoch."""
     if not Path(config.LAST_CHECKPOINT).exists():
         return []
     try:
@@ -133,6 +163,8 @@ def _checkIsNext(epoch):
             'written over. Resume with loadCheckpoint in the same cell as the loop; for a new run, set another '
             'config.OUTPUT_FOLDER or delete the file.'
         )
+    if model is not None and checkpoint['identity'] and identityOf(model):
+        _checkPatients(config.LAST_CHECKPOINT, checkpoint['identity'], identityOf(model), 'the model')
     return checkpoint['history']
 
 
@@ -153,6 +185,9 @@ def loadModel(path):
         raise FileNotFoundError(f'The checkpoint {path} does not exist.')
     checkpoint = _readCheckpoint(path)
     settings = checkpoint['settings']
+    if checkpoint['identity'] is None:  # prediction then follows config
+        names = ('MODALITIES', 'NO_CLASSES', 'CLASS_NAMES')
+        _checkSettings(path, settings, {name: plain(getattr(config, name)) for name in names})
     if not hasattr(smp, settings['model']):
         raise ValueError(f'{path} has a {settings["model"]}: make the model yourself and use loadCheckpoint.')
     model = getattr(smp, settings['model'])(
@@ -163,20 +198,23 @@ def loadModel(path):
         in_channels=len(settings['MODALITIES']),
         classes=settings['NO_CLASSES'],
     )
-    _checkWeights(path, checkpoint['model'], model.state_dict())
-    model.load_state_dict(checkpoint['model'])
+    weights = _bestWeights(checkpoint)
+    _checkWeights(path, weights, model.state_dict())
+    model.load_state_dict(weights)
     model.identity = asEarlier(checkpoint['identity'])
     return model.to(config.DEVICE)
 
 
-def loadCheckpoint(model, optimizer, scheduler, scaler, path):
-    """Restore a run from a checkpoint, including the random generators.
+def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
+    """Restore a run from a checkpoint.
 
-    With an optimizer, the run is resumed, and its patch file has to be the one it was trained on. Without one, only
-    weights are loaded: if they are trained on other patients next, both are remembered.
+    With an optimizer, the run is resumed with its random generators, and its patch files have to be the same. Without
+    one, only weights are loaded, those of the moving average if there is one: if they are trained on other patients
+    next, both are remembered.
 
     Args:
         model, optimizer, scheduler, scaler: as in `makeCheckpoint`; changed in place. All but the model may be None.
+        average: as in `makeCheckpoint`, to resume.
         path: `config.LAST_CHECKPOINT` to resume, `config.BEST_CHECKPOINT` to test. Only tensors and plain values are
             loaded, so a file from elsewhere cannot run code.
 
@@ -186,36 +224,73 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path):
 
     Raises:
         ValueError: the file is not a checkpoint of this package, or belongs to another model, modalities or classes;
-            or the run is resumed with other training patients or files (those of `config.TRAIN_FILE`), or another
-            learning rate, loss or seed.
+            or the run is resumed with other patients or files (those of `config.TRAIN_FILE` and `config.VAL_FILE`),
+            or with another optimizer or other numbers of the training; or there is no file, and the optimizer has
+            been used already.
     """
     if not Path(path).is_file():
-        print(f'No checkpoint at {path}: starting from epoch 1.')
+        if optimizer is not None and optimizer.state:
+            raise ValueError(
+                f'No checkpoint at {path}, but the model has been trained already, and a run would start from its '
+                'weights. Run the cell that makes the model again.'
+            )
+        print(f'No checkpoint at {path}: {"starting from epoch 1" if optimizer else "the weights stay as they are"}.')
         return model, optimizer, scheduler, scaler, 0, float('inf'), float('inf'), float('inf')
     checkpoint = _readCheckpoint(path)
     _checkSettings(path, checkpoint['settings'], _settings(model))
-    _checkWeights(path, checkpoint['model'], model.state_dict())
+    weights = checkpoint['model'] if optimizer is not None else _bestWeights(checkpoint)
+    _checkWeights(path, weights, bare(model).state_dict())
     if optimizer is not None:
         _checkSettings(path, checkpoint['recipe'], _recipe() if checkpoint['recipe'] else {})
-        _checkPatients(path, checkpoint['identity'])
-    model.load_state_dict(checkpoint['model'])
-    model.identity = checkpoint['identity'] if optimizer is not None else asEarlier(checkpoint['identity'])
+        if checkpoint['optimizerName'] not in (None, type(optimizer).__name__):
+            _checkSettings(path, {'optimizer': checkpoint['optimizerName']}, {'optimizer': type(optimizer).__name__})
+        _checkFiles(path, checkpoint['identity'])
+        if (average is None) != (checkpoint['average'] is None):
+            raise ValueError(
+                f'{path} was made {"without" if average else "with"} a moving average; resume it likewise.'
+            )
+        if average is not None:
+            average.load_state_dict(checkpoint['average'])
+        _tellOtherLength(checkpoint)
+    bare(model).load_state_dict(weights)
+    bare(model).identity = checkpoint['identity'] if optimizer is not None else asEarlier(checkpoint['identity'])
     if optimizer is not None:
+        _restoreRandomStates(checkpoint['random'])
         optimizer.load_state_dict(checkpoint['optimizer'])
     if scheduler is not None and checkpoint['scheduler'] is not None:
         scheduler.load_state_dict(checkpoint['scheduler'])
     if scaler is not None and scaler.is_enabled() and checkpoint['scaler']:  # the state of a disabled one is empty
         scaler.load_state_dict(checkpoint['scaler'])
-    _restoreRandomStates(checkpoint['random'])
     losses = (checkpoint[name] for name in ('trainLoss', 'valLoss', 'bestValLoss'))
     return model, optimizer, scheduler, scaler, checkpoint['nextEpoch'], *losses
+
+
+def _bestWeights(checkpoint):
+    """Return the weights to predict with: those of the moving average, if there is one."""
+    if checkpoint['average'] is None:
+        return checkpoint['model']
+    prefix = 'module.'
+    found = checkpoint['average'].items()
+    return {name.removeprefix(prefix): value for name, value in found if name.startswith(prefix)}
+
+
+def _tellOtherLength(checkpoint):
+    """Print what the schedule does if a run is resumed with another number of epochs."""
+    before, done = checkpoint['epochs'], checkpoint['nextEpoch']
+    if config.SCHEDULE == 'poly' and before is not None and before != config.EPOCHS:
+        left, planned = ((1 - min(1, done / epochs)) ** config.POLY_POWER for epochs in (config.EPOCHS, before))
+        print(
+            f'The run was begun for {before} epochs and now has {config.EPOCHS}: after {done} epochs the learning rate '
+            f'goes on at {left:.2f} of its maximum, not at {planned:.2f}.'
+        )
 
 
 def readHistory():
     """Return the losses so far, from `history.csv` in the folder of `config.LAST_CHECKPOINT`.
 
     Returns:
-        DataFrame, one row per epoch, with the columns `epoch` (from 1), `trainLoss`, `valLoss`, `learnRate`.
+        DataFrame, one row per epoch, with the columns `epoch` (from 1), `trainLoss`, `valLoss`, `learnRate`
+        and, if they were given, `diceWT`, `diceTC`, `diceET`.
 
     Raises:
         FileNotFoundError: no epoch has ended yet.
@@ -230,7 +305,7 @@ def _historyFile():
 def _settings(model):
     """Return the settings that must be the same when a checkpoint is written and loaded."""
     names = ('MODALITIES', 'NO_CLASSES', 'CLASS_NAMES', 'ENCODER_NAME', 'ENCODER_DEPTH', 'DECODER_CHANNELS')
-    return {'model': type(model).__name__, **{name: plain(getattr(config, name)) for name in names}}
+    return {'model': type(bare(model)).__name__, **{name: plain(getattr(config, name)) for name in names}}
 
 
 def _recipe():
@@ -248,18 +323,32 @@ def _checkSettings(path, found, expected):
             )
 
 
-def _checkPatients(path, identity):
-    """Raise a ValueError if a run is resumed and `config.TRAIN_FILE` holds other data than it was trained on."""
-    if identity is None or not Path(config.TRAIN_FILE).is_file():
-        return  # with another loader, `engine.train` compares
+def _checkFiles(path, identity):
+    """Raise a ValueError if a run is resumed and its patch files hold other data than it was trained on."""
+    train, val = (_readIdentity(file) for file in (config.TRAIN_FILE, config.VAL_FILE))
+    if identity and identity['patients'] and train:
+        # the file may hold more than is trained on; `engine.train` compares what the loader gives
+        used = {patient: content for patient, content in train['patients'].items() if patient in identity['patients']}
+        _checkPatients(path, identity, {**train, 'patients': used}, f'config.TRAIN_FILE, {config.TRAIN_FILE}')
+    if identity and identity['validated'] and val:
+        validated = {**val, 'patients': identity['validated']}
+        _checkPatients(path, validated, val, f'config.VAL_FILE, {config.VAL_FILE}')
+
+
+def _readIdentity(file):
+    """Return the identity of a patch file; None if it is missing, damaged or of another version."""
     try:
-        found = readIdentity(config.TRAIN_FILE)
-    except (OSError, KeyError, ValueError):  # of another version, or damaged: it cannot be trained on
-        return
+        return readIdentity(file)
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _checkPatients(path, identity, found, where):
+    """Raise a ValueError if the identity of a checkpoint differs from another one."""
     differing = [*differences(identity, found, {**SEEN, **CUT}), patientDifferences(identity, found)]
     if any(differing):
         raise ValueError(
-            f'{path} belongs to a run on other data than {config.TRAIN_FILE}: {"; ".join(filter(None, differing))}. '
+            f'{path} belongs to a run on other data than {where}: {"; ".join(filter(None, differing))}. '
             'Set another config.OUTPUT_FOLDER for each run, for example one for each fold.'
         )
 
@@ -288,7 +377,7 @@ def _readCheckpoint(path, **options):
         checkpoint['history'] = [{**row, 'epoch': row['epoch'] + 1} for row in checkpoint['history']]
         checkpoint['settings']['model'] = checkpoint['settings'].pop('network')
     if found < 3:
-        checkpoint |= {'recipe': {}, 'identity': None}
+        checkpoint |= {'recipe': {}, 'identity': None, 'average': None, 'epochs': None, 'optimizerName': None}
     return checkpoint
 
 

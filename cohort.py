@@ -12,7 +12,7 @@ import pandas as pd
 
 import config
 from atomic import writeAtomically
-from parallel import forEachPatient, resultsOf
+from parallel import forEachPatient, resultsOf, withSegmentation
 from patients import (
     COLUMNS,
     EDITIONS,
@@ -170,24 +170,6 @@ def _checkLabel(seg, volumes, paths):
             yield f'{numOutside} voxels of tumor lie where all modalities are 0', False
 
 
-def withSegmentation(df, purpose):
-    """Return the patients of a file list that have a segmentation, and print how many have none.
-
-    Args:
-        df: file list.
-        purpose: what the patients are for, for the message.
-
-    Raises:
-        ValueError: no patient has a segmentation.
-    """
-    isSegmented = df['seg'].notna()
-    if not isSegmented.all():
-        print(f'{(~isSegmented).sum()} of {len(df)} patients have no segmentation and are left out of {purpose}.')
-    if not isSegmented.any():
-        raise ValueError(f'None of the {len(df)} patients has a segmentation: nothing is left for {purpose}.')
-    return df[isSegmented]
-
-
 def readGrades(df):
     """Return the grade of each patient of a file list, as its edition publishes it.
 
@@ -248,7 +230,7 @@ def findSubjects(df):
             for patient in set().union(*(named.get(value, ()) for value in row)):
                 keys[patient].add((str(path), number))
     for patient, found in keys.items():
-        number = re.fullmatch(r'(?:BraTS2021_|BraTS-GLI-)(\d+)(?:-\d+)?', patient)
+        number = re.fullmatch(r'(?:BraTS2021_|BraTS-GLI-)(\d+)(?:-\d+)?', str(patient))
         if number and len(found) == 1:
             found.add(int(number[1]))
     groups = {}  # key -> list of the patients linked to it; one list object per subject
@@ -342,8 +324,11 @@ def _reportSuspicions(df, subjects):
 
 
 def writeSplit(sets, file):
-    """Write the patient ids of `sets` (traindf, valdf, testdf) to a JSON file."""
+    """Write the patient ids of `sets` (traindf, valdf, testdf) to a JSON file, but not over that of another run."""
     ids = {name: [str(patient) for patient in part.index] for name, part in zip(SETS, sets, strict=True)}
+    hasRun = Path(config.LAST_CHECKPOINT).exists() and Path(config.LAST_CHECKPOINT).parent == Path(file).parent
+    if hasRun and Path(file).exists() and json.loads(Path(file).read_text()) != ids:
+        raise ValueError(f'{file} is the split of the run in this folder: set another config.OUTPUT_FOLDER.')
     with writeAtomically(file) as part:
         part.write_text(json.dumps(ids, indent=1))
 

@@ -95,9 +95,10 @@ class Tuning(NamedTuple):
     kind: dict | None = None
 
 
-def kindOf(patchStride=None, mirror=False, **others):
+def kindOf(patchStride=None, mirror=False, planes=None, **others):
     """Return what decides the small components of a prediction, from the options of `engine.predict`."""
-    return {'patchStride': None if patchStride is None else int(patchStride), 'mirror': bool(mirror)}
+    stride, planes = None if patchStride is None else int(patchStride), None if planes is None else list(planes)
+    return {'patchStride': stride, 'mirror': bool(mirror), 'planes': planes}
 
 
 def applyRules(yhat, rules, spacing=(1, 1, 1), kind=None):

@@ -15,11 +15,13 @@ VAL_FRACTION = 0.15  # of the patients with a segmentation; used to choose the b
 TEST_FRACTION = 0.15  # of the same; used once, at the end
 
 # Patches. TRAIN_FILE and VAL_FILE lie in OUTPUT_FOLDER.
+PLANES = ('axial', 'coronal', 'sagittal')  # whose slices one network learns; predictions are averaged over them
+SLICE_STEP = 3  # every third slice of each plane, from a start drawn per patient: neighbours look nearly the same
 PATCH_SIZE = 128  # pixels, both axes; a multiple of 2 ** ENCODER_DEPTH
 PATCH_STRIDE = 112  # pixels; 240 pixels have windows at 0 and 112
 PREPROCESS_WORKERS = 2  # threads that read and cut patients; each holds one patient, about 0.4 GB
 ON_BAD_PATIENT = 'stop'  # or 'leaveOut': patients whose files cannot be used are left out and named
-BACKGROUND_SHARE = 0.0  # fraction of the brain patches without tumor to keep; 0 is the document's, more takes longer
+BACKGROUND_SHARE = 0.1  # fraction of the brain patches without tumor to keep, in training and validation
 STRETCH_PERCENTILES = (0.5, 99.5)  # of the brain's intensities, mapped to STRETCH_RANGE; the rest is clipped
 STRETCH_RANGE = (-1, 1)  # the background becomes the lower end
 
@@ -56,12 +58,17 @@ CLASS_COLORS = ('#000000', '#2F6BFF', '#F0E442', '#E0301E')  # distinct for colo
 
 # Training. DEVICE ('cuda', 'mps' or 'cpu') is found by trying it when first read. TIME_BUDGET, the hours from the start
 # of the process after which training stops, is 8.5 on Kaggle, where sessions end after 9 or 12 hours, else None.
+LOSS = 'dice+ce'  # or 'focal', the document's
 LOSS_GAMMA = 2.0  # of the focal loss: larger values weigh easy pixels less
-LEARN_RATE = 1e-3  # of Adam
+LEARN_RATE = 1e-3  # of Adam, at most
 WEIGHT_DECAY = 1e-5
 GRADIENT_CLIP = 1.0  # norm of the whole gradient; a rare bad batch must not undo an epoch
-SCHEDULER_FACTOR = 0.5  # the learning rate is multiplied by it at a plateau
-SCHEDULER_PATIENCE = 3  # epochs without a better validation loss before the rate falls
+SCHEDULE = 'poly'  # the learning rate rises over WARMUP steps and falls to 0 at the last step; or 'plateau'
+WARMUP = 50  # steps
+POLY_POWER = 0.9  # of the decay; 1 is a straight line
+SCHEDULER_FACTOR = 0.5  # of 'plateau': the learning rate is multiplied by it
+SCHEDULER_PATIENCE = 3  # of 'plateau': epochs without a better validation loss before the rate falls
+AVERAGE = 0.05  # of all steps: the moving average of the weights reaches back so far; 0: no average
 EPOCHS = 30  # at most
 PATIENCE = 10  # epochs without a better validation loss after which training stops; None: never
 
@@ -77,6 +84,16 @@ LESION_DILATION = 3  # iterations by which a true lesion is dilated to find what
 LESION_SMALLEST = 50.0  # mm3; true lesions of this volume or less are not scored
 CONFIDENCE = 0.95  # level of the confidence interval of a mean
 BOOTSTRAP_RESAMPLES = 10_000  # for the interval
+
+# The document's recipe: vars(config).update(config.DOCUMENT)
+DOCUMENT = {
+    'PLANES': ('axial',),
+    'SLICE_STEP': 1,
+    'BACKGROUND_SHARE': 0.0,
+    'LOSS': 'focal',
+    'SCHEDULE': 'plateau',
+    'AVERAGE': 0.0,
+}
 
 # Without BraTS: phantoms, and numbers for two CPU cores. The notebook puts these in place of the above.
 DEMO = {

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import site
 import sys
 import sysconfig
 import types
@@ -55,17 +56,20 @@ def _fingerprintCode(value):
     for code in value.__mro__ if isinstance(value, type) else [value]:
         if not _isOfLibrary(sys.modules[code.__module__]):
             sources.append(inspect.getsource(code))
-            functions = vars(code).values() if isinstance(code, type) else [code]
-            for function in functions:
-                if isinstance(function, types.FunctionType):
-                    sources += _readFunctions(function, name)
+            for member, item in vars(code).items() if isinstance(code, type) else [('', code)]:
+                item = getattr(item, 'fget', getattr(item, '__func__', item))  # of a property or static method
+                if isinstance(item, types.FunctionType):
+                    sources += _readFunctions(item, name)
+                elif not member.startswith('_') and isinstance(item, (str, int, float, tuple, list, dict)):
+                    sources.append(json.dumps(fingerprint(item)))  # a class attribute may be set at run time
     return [name, zlib.crc32(''.join(sources).encode())] if sources else name
 
 
 def _readFunctions(function, name):
     """Return the sources of the functions that a function reads from its module; refuse what else it reads there."""
     sources = []
-    for key, item in sorted(inspect.getclosurevars(function).globals.items()):
+    scope = function.__globals__
+    for key, item in sorted((name, scope[name]) for name in _namesIn(function.__code__) if name in scope):
         if isinstance(item, types.ModuleType) and _isOfLibrary(item):
             continue
         if isinstance(item, (type, types.FunctionType, types.BuiltinFunctionType)):
@@ -76,8 +80,14 @@ def _readFunctions(function, name):
     return sources
 
 
+def _namesIn(code):
+    """Return the names that a code object and the functions within it read."""
+    return set(code.co_names).union(*(_namesIn(each) for each in code.co_consts if isinstance(each, types.CodeType)))
+
+
 def _isOfLibrary(module):
     """Return whether a module is Python's or an installed one, whose version is fixed."""
     file = getattr(module, '__file__', None)
-    homes = {Path(sysconfig.get_path(name)).resolve() for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')}
+    homes = {Path(site.getusersitepackages()).resolve()}
+    homes |= {Path(sysconfig.get_path(name)).resolve() for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')}
     return file is None or not homes.isdisjoint(Path(file).resolve().parents)

@@ -1,35 +1,33 @@
-"""Describe what a network has seen, and compare it wherever patch file, checkpoint and prediction meet."""
+"""Describe what patches were cut from and how, and compare it wherever patch file, checkpoint and model meet."""
 
 import json
-import warnings
+import re
+import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import h5py
 import numpy as np
-import segmentation_models_pytorch as smp
-import torch
 import torchio as tio
 
 import config
-from cohort import withoutTime
 from fingerprint import fingerprint
 from patients import EDITIONS, detectEdition, hasFile, maskFunction
-from transforms import StretchHistogram, volumeTransform
+from transforms import StretchHistogram, imageKeys, volumeTransform
 
 # Parts of an identity that decide what a network sees, with the words for them
 SEEN = {
     'modalities': 'config.MODALITIES',
     'classes': 'config.CLASS_NAMES',
     'patchSize': 'config.PATCH_SIZE',
+    'planes': 'config.PLANES',
     'stretching': '[config.STRETCH_PERCENTILES, config.STRETCH_RANGE]',
 }
 # Further parts that decide which patches there are
 CUT = {
     'editions': "the labels' classes in each edition",
     'patchStride': 'config.PATCH_STRIDE',
+    'sliceStep': '[config.SLICE_STEP, config.SEED]',
     'background': '[config.BACKGROUND_SHARE, config.SEED]',
     'transform': 'the transform of the volumes',
 }
@@ -44,32 +42,35 @@ def identify(dataframe, transform=None):
 
     Returns:
         dict of plain values, which JSON and a checkpoint can hold: `modalities` in order, `classes` (names), `editions`
-        (name -> [label, class] pairs), `patchSize`, `patchStride`, `background` ([fraction, seed], or None without
-        background patches), `stretching` ([percentiles, range], or None if another transform is given) and `transform`
-        (its fingerprint, or None if it only stretches). `makeDataset` adds `patients`: id -> column -> checksum.
+        (name -> [label, class] pairs), `patchSize`, `planes`, `patchStride`, `sliceStep` ([step, seed], or None if
+        every slice is cut), `background` ([fraction, seed], or None without background patches), `stretching`
+        ([percentiles, range], or None if another transform is given) and `transform` (its fingerprint, or None if it
+        only stretches). `makeDataset` adds `patients`: id -> column -> checksum.
 
     Raises:
         ValueError: the transform has no fingerprint, see `fingerprint`.
     """
     stretching = stretchingOf(volumeTransform() if transform is None else transform)
     names = {_editionOf(paths) for _, paths in dataframe.iterrows()} - {None}
-    share = plain(config.BACKGROUND_SHARE)
+    share, step = plain(config.BACKGROUND_SHARE), plain(config.SLICE_STEP)
     return {
-        **{name: value for name, value in _configured().items() if name != 'stretching'},
+        **{name: value for name, value in configured().items() if name != 'stretching'},
         'editions': {name: [[*pair] for pair in EDITIONS[name].classes.items()] for name in sorted(names)},
         'patchStride': plain(config.PATCH_STRIDE),
+        'sliceStep': [step, plain(config.SEED)] if step > 1 else None,
         'background': [share, plain(config.SEED)] if share else None,
         'stretching': stretching,
         'transform': None if stretching else fingerprint(transform),
     }
 
 
-def _configured():
-    """Return the parts `SEEN` of an identity as `config` sets them."""
+def configured():
+    """Return the parts `SEEN` of an identity, as `config` sets them."""
     return {
         'modalities': plain(config.MODALITIES),
         'classes': plain(config.CLASS_NAMES),
         'patchSize': plain(config.PATCH_SIZE),
+        'planes': plain(config.PLANES),
         'stretching': stretchingOf(volumeTransform()),
     }
 
@@ -94,18 +95,22 @@ def stretchingOf(transform):
     Args:
         transform: any callable; `volumeTransform()` and a Compose of it alone stretch.
     """
+    isAlways = getattr(transform, 'probability', 1) == 1
     while isinstance(transform, tio.Compose) and len(transform.transforms) == 1:
         [transform] = transform.transforms
+        isAlways = isAlways and transform.probability == 1
     isPlain = type(transform) is StretchHistogram and transform.masking_method is maskFunction
-    if not isPlain or transform.in_min_max is not None or transform.probability != 1:
+    if not (isPlain and isAlways) or transform.in_min_max is not None or transform.exclude:
         return None
-    return _stretchingsIn(transform)[0]
+    return stretchingsIn(transform)[0] if transform.include == imageKeys() else None
 
 
-def _stretchingsIn(transform):
+def stretchingsIn(transform):
     """Return [percentiles, range] of each stretching that a transform holds."""
     if isinstance(transform, tio.Compose):
-        return [found for child in transform.transforms for found in _stretchingsIn(child)]
+        return [found for child in transform.transforms for found in stretchingsIn(child)]
+    if isinstance(transform, tio.OneOf):
+        return [found for child in transform.transforms_dict for found in stretchingsIn(child)]
     if not isinstance(transform, tio.RescaleIntensity):
         return []
     pairs = transform.percentiles, (transform.out_min, transform.out_max)
@@ -116,11 +121,11 @@ def checksums(paths, known=None):
     """Return a checksum of the content of each file of a patient that patches are cut from.
 
     A `.gz` file ends with the checksum and length of its content: these are taken. Any other file is read, unless its
-    size and time are known.
+    size, time and inode are known.
 
     Args:
         paths: one row of the file list.
-        known: dict of path -> [size, time, checksum] of earlier calls; what is read is added.
+        known: dict of path -> [size, time, inode, checksum] of earlier calls; what is read is added.
 
     Returns:
         dict of column -> checksum (text), for `config.MODALITIES` and `seg`; None for a file that does not exist.
@@ -129,25 +134,26 @@ def checksums(paths, known=None):
     found = {}
     for column in (*config.MODALITIES, 'seg'):
         file = Path(paths[column]) if hasFile(paths, column) else None
-        found[column] = _checksum(file, known) if file and file.is_file() else None
+        found[column] = checksumOf(file, known) if file and file.is_file() else None
     return found
 
 
-def _checksum(file, known):
-    """Return the checksum of a file's content."""
+def checksumOf(file, known):
+    """Return the CRC-32 and length of a file's content, the same whether it is packed or not."""
     if file.name.lower().endswith('.gz'):
         with open(file, 'rb') as stream:
-            stream.seek(-min(8, file.stat().st_size), 2)  # CRC-32 and length of what is packed
-            return stream.read().hex()
-    state = file.stat()
-    before = known.get(str(file))
-    if before is None or before[:2] != [state.st_size, state.st_mtime_ns]:
+            stream.seek(-min(8, file.stat().st_size), 2)
+            value, size = struct.unpack('<II', stream.read().rjust(8, b'\0'))
+        return f'{value:08x}{size:x}'
+    found = file.stat()
+    state = [found.st_size, found.st_mtime_ns, found.st_ino]
+    if known.get(str(file), [])[:3] != state:
         value = 0
         with open(file, 'rb') as stream:
             while block := stream.read(2**22):
                 value = zlib.crc32(block, value)
-        known[str(file)] = before = [state.st_size, state.st_mtime_ns, f'{value:08x}{state.st_size:x}']
-    return before[2]
+        known[str(file)] = [*state, f'{value:08x}{found.st_size & 0xFFFFFFFF:x}']
+    return known[str(file)][3]
 
 
 def readIdentity(file):
@@ -204,153 +210,14 @@ def checkPatchFile(file, found):
         found: its identity. With another transform than stretching, the stretching is not compared.
     """
     names = SEEN if found['stretching'] else {name: words for name, words in SEEN.items() if name != 'stretching'}
-    differing = differences(found, _configured(), names)
-    if config.EDITION is not None and config.EDITION not in found['editions']:
-        differing.append(f'its patients are of {", ".join(found["editions"])}, not config.EDITION = {config.EDITION!r}')
+    differing = differences(found, configured(), names)
+    declared = config.EDITION
+    if declared is not None and declared not in found['editions']:
+        pattern = EDITIONS[declared].patient  # the declared edition takes the patients that have its names
+        if any(re.fullmatch(pattern, patient) for patient in found['patients']):
+            differing.append(f'its patients are of {", ".join(found["editions"])}, not config.EDITION = {declared!r}')
     if differing:
         raise ValueError(
             f'{file} was cut with other settings: {"; ".join(differing)}. Cut it again with preprocess.makeDataset, or '
             'set config as it was.'
         )
-
-
-def noteTraining(model, dataset, criterion):
-    """Note at a model, as `model.identity`, what it is trained on.
-
-    Args:
-        model: torch module.
-        dataset: of the training loader: `utils.BRATSDataset` or a subset of one. Nothing is noted for another one.
-        criterion: loss. smp's focal loss treats each class by itself (one against the rest), so the model's
-            probabilities are sigmoids; for any other loss they are a softmax.
-
-    Raises:
-        ValueError: the model has been trained on other patients, files or settings.
-    """
-    found = identityOf(dataset)
-    if found is None:
-        return
-    before = getattr(model, 'identity', None)
-    if before and before['patients']:
-        differing = [*differences(before, found, {**SEEN, **CUT}), patientDifferences(before, found)]
-        if any(differing):
-            raise ValueError(
-                f'The model has been trained on other data than this loader has: {"; ".join(filter(None, differing))}. '
-                'Begin with a new model, or go on from saved weights (checkpoints.loadModel).'
-            )
-    if before and not before['patients'] and (differing := differences(before, found, SEEN)):
-        raise ValueError(f'The weights were trained on other settings: {"; ".join(differing)}.')
-    isOneVsRest = isinstance(criterion, smp.losses.FocalLoss)
-    model.identity = {
-        **{name: found[name] for name in (*SEEN, *CUT, 'patients')},
-        'activation': 'sigmoid' if isOneVsRest else 'softmax',
-        'earlier': before['earlier'] if before else {},
-    }
-
-
-def asEarlier(identity):
-    """Return the identity of weights from which a new run starts: its patients become `earlier` ones."""
-    return identity and {**identity, 'patients': {}, 'earlier': {**identity['earlier'], **identity['patients']}}
-
-
-def identityOf(dataset):
-    """Return the identity of a dataset of patches, or of a subset of one; None for another dataset."""
-    while isinstance(dataset, torch.utils.data.Subset):
-        dataset = dataset.dataset
-    return getattr(dataset, 'identity', None)
-
-
-def trainedAmong(model, ids):
-    """Return the patient ids of a list that a model was trained on: the same id, or another time point of the subject.
-
-    Args:
-        model: with an `identity`; without one nothing is known, and the list is empty.
-        ids: patient ids.
-    """
-    subjects = {withoutTime(patient) for patient in _trainedOn(model)}
-    return [patient for patient in ids if withoutTime(patient) in subjects]
-
-
-def _trainedOn(model):
-    """Return all patients that a model was trained on: id -> column -> checksum."""
-    identity = getattr(model, 'identity', None) or {'earlier': {}, 'patients': {}}
-    return {**identity['earlier'], **identity['patients']}
-
-
-def trainedPatients(model, df):
-    """Return the ids of a file list that a model was trained on: as in `trainedAmong`, or by the content of an image.
-
-    Args:
-        model: as in `trainedAmong`.
-        df: file list. The content is compared for `.gz` files only, whose checksum need not be computed.
-    """
-    images = {value for columns in _trainedOn(model).values() for name, value in columns.items() if name != 'seg'}
-    byName = set(trainedAmong(model, df.index))
-    return [patient for patient, paths in df.iterrows() if patient in byName or _hasImageOf(paths, images)]
-
-
-def _hasImageOf(paths, images):
-    """Return whether a patient has a packed image whose checksum is in a set."""
-    if not images:
-        return False
-    files = [Path(paths[column]) for column in config.MODALITIES if hasFile(paths, column)]
-    packed = [file for file in files if file.name.lower().endswith('.gz') and file.is_file()]
-    return any(_checksum(file, {}) in images for file in packed)
-
-
-def warnOfTrained(trained, numPatients):
-    """Warn of the patients (ids) of a loader or file list that a model was trained on, in one sentence."""
-    if trained:
-        names = ', '.join(trained[:5]) + ', ...' * (len(trained) > 5)
-        warnings.warn(
-            f'The model was trained on {len(trained)} of {numPatients} patients: {names}. Their scores are no test.',
-            stacklevel=3,
-        )
-
-
-class Way(NamedTuple):
-    """How a model is shown a patient."""
-
-    modalities: list  # names, in the order of the channels
-    transform: Callable  # of the whole volume
-    patchSize: int  # pixels of a window
-    activation: str  # that turns logits into probabilities: 'softmax' or 'sigmoid'
-
-
-def follow(model, transform):
-    """Return how a model has to be shown a patient: as it was trained, whatever `config` says; tell what differs.
-
-    Args:
-        model: with or without an `identity`; without one, `config` is followed.
-        transform: torchio transform of the volume that the caller gave, or None.
-
-    Returns:
-        Way.
-
-    Raises:
-        ValueError: the model was trained on patches that another transform made, and none is given; or the given one
-            stretches otherwise; or the model predicts other classes.
-    """
-    configured, identity = _configured(), getattr(model, 'identity', None)
-    if not identity:
-        transform = volumeTransform() if transform is None else transform
-        return Way(configured['modalities'], transform, configured['patchSize'], 'softmax')
-    if identity['classes'] != configured['classes']:
-        raise ValueError(f'The model predicts {identity["classes"]}, but {differences(configured, identity, SEEN)[0]}.')
-    differing = differences(configured, identity, {name: SEEN[name] for name in ('modalities', 'patchSize')})
-    trained = identity['stretching']
-    if transform is None and trained is None:
-        raise ValueError(
-            'The model was trained on patches that a transform of your own made: give predict the same one '
-            '(transform = ...).'
-        )
-    if transform is None:
-        transform = volumeTransform(*trained, len(identity['modalities']))
-        differing += differences(configured, identity, {'stretching': SEEN['stretching']})
-    elif others := [given for given in _stretchingsIn(transform) if trained and given != trained]:
-        raise ValueError(
-            f'The transform stretches the percentiles {others[0][0]} to {others[0][1]}, but the model was trained on '
-            f'{trained[0]} and {trained[1]}. Without a transform, predict follows the model.'
-        )
-    if differing:
-        warnings.warn(f'The model is followed where config differs: {"; ".join(differing)}.', stacklevel=3)
-    return Way(identity['modalities'], transform, identity['patchSize'], identity['activation'])

@@ -1,5 +1,7 @@
 """Work on the patients of a file list, several at a time, and treat those that cannot be used by one rule."""
 
+import functools
+import os
 import warnings
 
 from joblib import Parallel, delayed, effective_n_jobs
@@ -10,11 +12,29 @@ import config
 _AHEAD = 8  # patients per thread that may be ready before the caller takes them; bounds the memory
 
 
+def withSegmentation(df, purpose):
+    """Return the patients of a file list that have a segmentation, and print how many have none.
+
+    Args:
+        df: file list.
+        purpose: what the patients are for, for the message.
+
+    Raises:
+        ValueError: no patient has a segmentation.
+    """
+    isSegmented = df['seg'].notna()
+    if not isSegmented.all():
+        print(f'{(~isSegmented).sum()} of {len(df)} patients have no segmentation and are left out of {purpose}.')
+    if not isSegmented.any():
+        raise ValueError(f'None of the {len(df)} patients has a segmentation: nothing is left for {purpose}.')
+    return df[isSegmented]
+
+
 def forEachPatient(function, df, description):
     """Yield `function(paths)` for each row of a file list, in order; joblib runs several patients at a time.
 
     `config.PREPROCESS_WORKERS` threads work on the patients: reading and counting release the interpreter's lock. Under
-    `joblib.parallel_config` another backend takes their place.
+    `joblib.parallel_config` another backend takes their place; its processes get the values of `config`.
 
     Args:
         function: takes one row of the file list. The first error that it raises is raised here and ends the work.
@@ -22,11 +42,12 @@ def forEachPatient(function, df, description):
         description: text of the progress bar.
     """
     rows = [paths for _, paths in df.iterrows()]
+    work = functools.partial(_work, function, os.getpid(), {name: config.__dict__[name] for name in _assigned()})
     block = _AHEAD * effective_n_jobs(config.PREPROCESS_WORKERS)
     bar = tqdm(total=len(rows), desc=description, leave=False)
     with bar, Parallel(config.PREPROCESS_WORKERS, prefer='threads', return_as='generator') as parallel:
         for start in range(0, len(rows), block):  # joblib itself does not wait for the caller to take results
-            results = parallel(delayed(function)(paths) for paths in rows[start : start + block])
+            results = parallel(delayed(work)(paths) for paths in rows[start : start + block])
             try:
                 for result in results:
                     bar.update()
@@ -37,20 +58,32 @@ def forEachPatient(function, df, description):
                     results.close()
 
 
+def _assigned():
+    """Return the names of the values that `config` holds."""
+    return [name for name in vars(config) if name.isupper()]
+
+
+def _work(function, process, values, paths):
+    """Return `function(paths)`; in another process than the given one, with the values of its `config`."""
+    if os.getpid() != process:
+        vars(config).update(values)
+    return function(paths)
+
+
 def attempt(function):
     """Return a function that returns what `function(paths)` returns, or the error that bad data raised.
 
     Args:
         function: takes one row of the file list and raises a ValueError or OSError that names patient and file.
     """
+    return functools.partial(_tryTo, function)
 
-    def tryTo(paths):
-        try:
-            return function(paths)
-        except (ValueError, OSError) as error:
-            return error
 
-    return tryTo
+def _tryTo(function, paths):
+    try:
+        return function(paths)
+    except (ValueError, OSError) as error:
+        return error
 
 
 def leaveOut(error, progress=''):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import platform
+import warnings
 import zlib
 from pathlib import Path
 
@@ -19,9 +20,11 @@ import metrics
 from atomic import writeAtomically
 from components import Tuning, applyRules, kindOf, relabelSmallET, removeSmallComponents, tunePostprocessing
 from engine import predictAll
-from identity import trainedAmong, trainedPatients
+from fingerprint import fingerprint
+from identity import stretchingOf
 from parallel import leaveOut
 from patients import EDITIONS, checkGrid, detectEdition, hasFile, readVolume, spacingOf, toClasses
+from trained import follow, trainedAmong, trainedPatients
 
 __all__ = [
     'Tuning',
@@ -129,10 +132,12 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
             `applyRules`.
     """
     folder, scores, kind = Path(folder), {}, kindOf(**options)
-    trained = trainedPatients(model, df)
     made = {'weights': _checksumOfWeights(model), 'kind': kind, 'rules': _plainRules(rules)}
-    _refuseOthers(folder, made)
-    about = {**made, 'trainedOn': trained, **options}
+    with warnings.catch_warnings(action='ignore'):  # predictAll warns
+        made['input'] = _describeInput(follow(model, transform, kind['planes']))
+    before = _refuseOthers(folder, made)
+    trained = trainedPatients(model, df)
+    about = {**made, 'trainedOn': sorted({*before.get('trainedOn', ()), *trained}), **options}
     _writeSettings(folder, about)
     for patient, (_, y, yhat, *probability) in predictAll(df, model, transform, probabilities=probabilities, **options):
         paths = df.loc[patient]
@@ -141,10 +146,35 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz')
         if probabilities:
             saveProbabilities(*probability, paths, folder / 'maps' / f'{patient}.nii.gz')
-        if y is not None and patient not in trained:
+        if y is not None and str(patient) not in trained:
             scores[patient] = metrics.scorePatient(y, yhat, spacing)
-            _writeTable(scores, folder, about)
-    return _writeTable(scores, folder, about)
+            _addScores(metrics.scoreTable(scores), folder)
+    return metrics.scoreTable(scores) if scores else _noScores()
+
+
+def _noScores():
+    """Return an empty table of scores."""
+    return pd.DataFrame(columns=['patient', 'region'])
+
+
+def _addScores(table, folder):
+    """Write `scores.csv` with the rows of a table in place of the same patients' rows, and others as they are there."""
+    file = folder / 'scores.csv'
+    if file.is_file():
+        before = pd.read_csv(file, dtype={'patient': str})
+        before = before[~before['patient'].isin(set(table['patient'].astype(str)))]
+        table = pd.concat([before, table], ignore_index=True) if len(before) else table
+    with writeAtomically(file) as part:
+        table.to_csv(part, index=False)
+
+
+def _describeInput(way):
+    """Return, as plain values, what a model is shown of a patient."""
+    try:
+        transform = stretchingOf(way.transform) or fingerprint(way.transform)
+    except ValueError:
+        transform = 'unknown'
+    return json.loads(json.dumps({**way._asdict(), 'transform': transform}))
 
 
 def _checksumOfWeights(model):
@@ -156,49 +186,51 @@ def _checksumOfWeights(model):
 
 
 def _plainRules(rules):
-    return None if rules is None else {'ml': rules.ml, 'N': rules.N}
+    return None if rules is None else {'ml': float(rules.ml), 'N': int(rules.N)}
 
 
 def _refuseOthers(folder, made):
-    """Raise a ValueError if a folder holds segmentations that were made otherwise than `made` says."""
+    """Return what `settings.json` of a folder says of its segmentations; raise a ValueError if `made` differs."""
     before = readSettings(folder).get('prediction', {})
-    differing = [name for name in made if before.get(name, made[name]) != made[name]]
-    if differing and any((folder / 'upload').glob('*.nii*')):
+    differing = [name for name in made if before.get(name) != made[name]]
+    if before and differing:
         raise ValueError(
             f'{folder} holds segmentations with other {" and ".join(differing)}. Choose another folder, or delete it.'
         )
+    return before
 
 
 def readSettings(folder):
-    """Return the content of the `settings.json` of a folder of predictions, or of the folder above it; {} if none."""
-    for place in (Path(folder), Path(folder).parent):
+    """Return the content of the `settings.json` of a folder of predictions, or above its `upload`; {} if none."""
+    for place in [Path(folder)] + [Path(folder).parent] * (Path(folder).name == 'upload'):
         if (place / 'settings.json').is_file():
             return json.loads((place / 'settings.json').read_text())
     return {}
 
 
-def writeScores(scores, folder, model=None, **options):
+def writeScores(scores, folder, model=None, df=None, **options):
     """Write `scores.csv` and `settings.json` into a folder.
 
     Args:
         scores: dict of patient to the table of `metrics.scorePatient`.
         folder: folder to write to; made if missing.
         model: that made the predictions. Patients that it was trained on are left out of the table and named.
+        df: their file list, so that patients with other ids are recognised by their files.
         **options: `patchStride` and `mirror` of the prediction, and what else the scores depend on.
 
     Returns:
         DataFrame: `metrics.scoreTable(scores)`.
     """
-    trained = trainedAmong(model, scores)
+    trained = trainedAmong(model, scores) if df is None else trainedPatients(model, df.loc[list(scores)])
     if trained:
         print(f'Not scored, because the model was trained on them: {", ".join(trained)}.')
     about = {'kind': kindOf(**options), 'rules': None, 'trainedOn': trained, **options}
-    return _writeTable({patient: scores[patient] for patient in scores if patient not in trained}, folder, about)
+    return _writeTable({patient: scores[patient] for patient in scores if str(patient) not in trained}, folder, about)
 
 
 def _writeTable(scores, folder, about):
     """Write the table of some scores and what they depend on, as `writeScores` does, and return the table."""
-    table = metrics.scoreTable(scores) if scores else pd.DataFrame(columns=['patient', 'region'])
+    table = metrics.scoreTable(scores) if scores else _noScores()
     with writeAtomically(Path(folder) / 'scores.csv') as part:
         table.to_csv(part, index=False)
     _writeSettings(folder, about)
@@ -244,13 +276,14 @@ def scoreFolder(df, folder, rules=None):
     rows = {patient: paths for patient, paths in df.iterrows() if hasFile(paths, 'seg')}
     if len(rows) < len(df):
         print(f'{len(df) - len(rows)} of {len(df)} patients have no true segmentation and are not scored.')
-    trained = [rows.pop(patient).name for patient in about.get('trainedOn', ()) if patient in rows]
+    trained = [str(patient) for patient in rows if str(patient) in about.get('trainedOn', ())]
+    rows = {patient: paths for patient, paths in rows.items() if str(patient) not in trained}
     if trained:
         print(f'Not scored, because the model was trained on them: {", ".join(trained)}.')
     missing = [patient for patient in rows if _findPrediction(patient, folder) is None]
     if missing:
         raise FileNotFoundError(
-            f'{folder} has no segmentation of {len(missing)} patients: {", ".join(missing[:5])} ...'
+            f'{folder} has no segmentation of {len(missing)} patients: {", ".join(map(str, missing[:5]))} ...'
         )
     scores = {}
     for patient, paths in tqdm(rows.items(), 'score', leave=False):
@@ -262,7 +295,7 @@ def scoreFolder(df, folder, rules=None):
         spacing = spacingOf(paths)
         yhat = applyRules(_readPredicted(paths, folder, *truth), rules, spacing, about.get('kind'))
         scores[patient] = metrics.scorePatient(truth[0], yhat, spacing)
-    return metrics.scoreTable(scores) if scores else pd.DataFrame(columns=['patient', 'region'])
+    return metrics.scoreTable(scores) if scores else _noScores()
 
 
 def readPrediction(paths, folder):

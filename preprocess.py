@@ -1,5 +1,6 @@
 """Cut patients into patches and write them to HDF5."""
 
+import errno
 import functools
 import json
 import zlib
@@ -12,23 +13,24 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 import config
 from atomic import writeAtomically
-from cohort import withSegmentation
 from identity import CUT, SEEN, checksums, differences, identify, patientDifferences, readIdentity
-from parallel import attempt, forEachPatient, reportBad
+from parallel import attempt, forEachPatient, reportBad, withSegmentation
 from patients import alongMemory, maskFunction, patientOf, readCase, readVolumes
-from transforms import makeTransforms, transformCase, transformVolume, volumeTransform, windowStarts
+from transforms import PLANES, makeTransforms, transformCase, transformVolume, volumeTransform, windowStarts
 
 __all__ = ['makeDataset', 'makeTransforms', 'transformCase', 'volumeTransform', 'windowStarts']
 
-FORMAT = 4  # of the patch file; raised when its layout changes, so that older files are replaced
+UNKNOWN = 'unknown'  # fingerprint of a transform that has none
+FORMAT = 5  # of the patch file; raised when its layout changes, so that older files are replaced
 
 
 def makeDataset(dataframe, filename, transform=None):
     """Write the patches of the patients of a file list to an `.h5` file and return how many there are.
 
-    Each axial slice is cut into overlapping windows of `config.PATCH_SIZE` at `config.PATCH_STRIDE`. A patch with tumor
-    is kept. Of the patches with brain but no tumor, a fraction `config.BACKGROUND_SHARE` is kept, drawn from
-    `config.SEED` and the patient's id.
+    Every `config.SLICE_STEP`-th slice of each of `config.PLANES` is cut into overlapping windows of `config.PATCH_SIZE`
+    at `config.PATCH_STRIDE`. A patch with tumor is kept. Of the patches with brain but no tumor, a fraction
+    `config.BACKGROUND_SHARE` is kept. First slices and background patches are drawn from `config.SEED` and the
+    patient's id.
 
     The file is renamed to its final name when it is complete. If it exists and was cut from the same files with the
     same settings, its checksums are verified and nothing is cut. The memory needed does not grow with the number of
@@ -37,8 +39,8 @@ def makeDataset(dataframe, filename, transform=None):
     The datasets of the file, with one patch per chunk:
     - `image` (N, C, 128, 128), float16 if all values lie in [-1, 1], else float32;
     - `label` (N, 128, 128), uint8 classes;
-    - `patient`, `slice`, `row`, `column` (N,), int32: where each patch comes from (`patient` counts the patients of the
-      identity).
+    - `patient`, `plane`, `slice`, `row`, `column` (N,), int32: where each patch comes from (`patient` and `plane` count
+      those of the identity).
     And, as JSON: `identity`, see `identity.identify`; `leftOut`, the patients that could not be used: id -> [reason,
     checksums of the files].
 
@@ -59,6 +61,9 @@ def makeDataset(dataframe, filename, transform=None):
     """
     reportBad({}, 0)  # an unknown rule is refused before anything is read
     dataframe = withSegmentation(dataframe, str(filename))
+    if dataframe.index.has_duplicates:
+        twice = dataframe.index[dataframe.index.duplicated()][0]
+        raise ValueError(f'{filename}: patient {twice} is in the file list more than once.')
     identity, known = _identify(dataframe, transform), {}
     numPatches = _countIfCurrent(filename, identity, dataframe, known)
     if numPatches is not None:
@@ -78,12 +83,12 @@ def makeDataset(dataframe, filename, transform=None):
 
 
 def _identify(dataframe, transform):
-    """Return the identity of a file list without its patients; its transform is None, with a message, if unknown."""
+    """Return the identity of a file list without its patients; of an unknown transform, with a message."""
     try:
         return {'format': FORMAT, **identify(dataframe, transform)}
     except ValueError as error:
         print(f'The transform cannot be compared with an earlier one, so patches are always cut anew: {error}')
-        return {'format': FORMAT, **identify(dataframe), 'stretching': None, 'transform': None}
+        return {'format': FORMAT, **identify(dataframe), 'stretching': None, 'transform': UNKNOWN}
 
 
 def _countIfCurrent(filename, identity, dataframe, known):
@@ -115,7 +120,7 @@ def _compare(found, identity, leftOut, dataframe, known):
     reasons = differences(found, identity, {'format': 'the format', **SEEN, **CUT})
     if leftOut and config.ON_BAD_PATIENT == 'stop':
         reasons.append(f'{len(leftOut)} patients are left out')
-    if identity['stretching'] is None and identity['transform'] is None:
+    if identity['transform'] == UNKNOWN:
         reasons.append('the transform is unknown')
     if reasons:
         return reasons
@@ -128,7 +133,7 @@ def _compare(found, identity, leftOut, dataframe, known):
 
 
 _DATASETS = ('image', 'label')
-_ORIGINS = ('patient', 'slice', 'row', 'column')  # where a patch comes from
+_ORIGINS = ('patient', 'plane', 'slice', 'row', 'column')  # where a patch comes from
 
 
 def _verifyChecksums(file):
@@ -142,7 +147,7 @@ def _verifyChecksums(file):
 def _writePatches(part, dataframe, transform, dtype, identity, known):
     """Write every patient's patches and return how many; return None, and stop, if values do not fit float16."""
     size, contents, kept, bad = config.PATCH_SIZE, {}, [], {}
-    absent = set(range(1, config.NO_CLASSES))
+    absent, written = set(range(1, config.NO_CLASSES)), 0
     shapes = {'image': (len(config.MODALITIES), size, size), 'label': (size, size)}
     # no chunk cache: on a full disk HDF5 would fail again when it closes the file, and crash the process at its end
     with h5py.File(part, 'w', rdcc_nbytes=0) as file:
@@ -161,15 +166,25 @@ def _writePatches(part, dataframe, transform, dtype, identity, known):
             elif not (bad and config.ON_BAD_PATIENT == 'stop'):  # otherwise the rest is only checked
                 _append(file, len(kept), *result)
                 kept.append(patient)
+                written = zlib.crc32(result[1], written) if identity['transform'] == UNKNOWN else 0
                 absent = {number for number in absent if not (result[-1] == number).any()}
         reportBad(bad, len(dataframe))
         identity = {**identity, 'patients': {patient: contents[patient] for patient in kept}, 'files': known}
         for number in absent if kept else ():
             print(f'None of these {len(kept)} patients has a patch with {config.CLASS_NAMES[number]}.')
+        if written:  # two unknown transforms are told apart by what they made
+            identity['transform'] = f'{UNKNOWN}, patches {written:08x}'
         # datasets, because attributes end at 64 kB
         file['identity'] = json.dumps(identity)
-        file['leftOut'] = json.dumps({patient: [str(error), contents[patient]] for patient, error in bad.items()})
+        leftOut = {patient: [str(each), None if _mayPass(each) else contents[patient]] for patient, each in bad.items()}
+        file['leftOut'] = json.dumps(leftOut)
         return len(file['label'])
+
+
+def _mayPass(error):
+    """Return whether an error came from the disk, so that the patient is to be tried again."""
+    number = getattr(error.__cause__ or error, 'errno', None)
+    return number is not None and number != errno.ENOENT
 
 
 def _createDataset(file, name, shape, dtype, **options):
@@ -193,7 +208,7 @@ def _cutWithChecksums(paths, transform, dtype, known):
 
 
 def _cutPatient(paths, transform, dtype):
-    """Return the patches of one patient: origins int (N, 3), image (N, C, 128, 128), label uint8 (N, 128, 128).
+    """Return the patches of one patient: origins int (N, 4), image (N, C, 128, 128), label uint8 (N, 128, 128).
 
     None if `dtype` is float16 and a value lies outside [-1, 1].
     """
@@ -238,32 +253,52 @@ def _stretchAndCut(origins, volume):
 
 
 def _choosePatches(isTumor, isBrain, patient):
-    """Return the (slice, row, column) of the patches to keep, sorted, int (N, 3).
+    """Return the (plane, slice, row, column) of the patches to keep, sorted, int (N, 4).
 
     Args:
         isTumor, isBrain: masks (D, W, H); the second is used only if `config.BACKGROUND_SHARE` is not 0.
-        patient: id, from which background patches are drawn.
+        patient: id, from which first slices and background patches are drawn.
     """
+    chosen = []
+    for number, plane in enumerate(config.PLANES):
+        generator = np.random.default_rng([config.SEED, zlib.crc32(f'{patient} {plane}'.encode())])
+        masks = [mask if mask is None else mask.transpose(PLANES[plane]) for mask in (isTumor, isBrain)]
+        places = _choosePlaces(*masks, generator)
+        chosen.append(np.concatenate([np.full((len(places), 1), number), places], axis=1))
+    return np.concatenate(chosen)
+
+
+def _choosePlaces(isTumor, isBrain, generator):
+    """Return the (slice, row, column) of the patches of one plane to keep, sorted, int (N, 3)."""
     size, stride = config.PATCH_SIZE, config.PATCH_STRIDE
     rows, columns = (windowStarts(length, size, stride) for length in isTumor.shape[1:])
+    begin = generator.integers(config.SLICE_STEP)
 
     def isIn(mask):  # (windows, D): whether a window holds a voxel of the mask
+        mask = mask[begin :: config.SLICE_STEP]
         windows = [mask[:, row : row + size, column : column + size] for row in rows for column in columns]
         return np.array([window.any((1, 2)) for window in windows])
 
     isKept = isIn(isTumor)
     if config.BACKGROUND_SHARE:
-        generator = np.random.default_rng([config.SEED, zlib.crc32(str(patient).encode())])
         isKept |= isIn(isBrain) & (generator.uniform(size=isKept.shape) < config.BACKGROUND_SHARE)
     slices, windows = np.nonzero(isKept.T)
+    slices = begin + config.SLICE_STEP * slices
     return np.stack([slices, rows[windows // len(columns)], columns[windows % len(columns)]], axis=1)
 
 
 def _cut(volume, origins, padding):
-    """Return patches (N, 128, 128) of a volume (D, W, H); one smaller than a patch is padded with a value."""
+    """Return patches (N, 128, 128) of a volume (D, W, H) at their origins, which are sorted by plane."""
+    planes = [volume.transpose(PLANES[plane]) for plane in config.PLANES]
+    places = [origins[origins[:, 0] == number, 1:] for number in range(len(planes))]
+    return np.concatenate([_cutPlane(*pair, padding) for pair in zip(planes, places, strict=True)])
+
+
+def _cutPlane(volume, places, padding):
+    """Return patches (N, 128, 128) of slices (D, W, H); what is smaller than a patch is padded with a value."""
     size = config.PATCH_SIZE
     missing = [max(size - length, 0) for length in volume.shape[1:]]
     if any(missing):
         volume = np.pad(volume, ((0, 0), (0, missing[0]), (0, missing[1])), constant_values=padding)
     windows = sliding_window_view(volume, (size, size), axis=(1, 2))  # (D, W', H', 128, 128)
-    return windows[tuple(origins.T)]
+    return windows[tuple(places.T)]

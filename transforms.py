@@ -7,6 +7,16 @@ import torchio as tio
 import config
 from patients import alongMemory, maskFunction
 
+# Order of the axes (D, W, H) of a volume that puts those of each plane's slices last. What remains of (W, H, D) when
+# the plane's own axis is taken out keeps its order.
+PLANES = {'axial': (0, 1, 2), 'coronal': (2, 1, 0), 'sagittal': (1, 2, 0)}
+
+
+def withChannels(order):
+    """Return an order of the axes (D, W, H) for (D, C, W, H), with the channels kept second."""
+    first, *others = (axis + (axis > 0) for axis in order)
+    return first, 1, *others
+
 
 class StretchHistogram(tio.RescaleIntensity):
     """torchio's RescaleIntensity, but voxels outside the mask become the lower end of the range.

@@ -78,13 +78,15 @@ class BRATSDataset(torch.utils.data.Dataset):
             raise FileNotFoundError(f'{file} does not exist; preprocess.makeDataset writes it.')
         if raw and transform is not None:
             raise ValueError('raw = True returns patches as stored; it cannot be combined with a transform.')
-        self.path, self.transform, self.raw, self._cache = str(file), transform, raw, None
+        self.path, self.transform, self.raw, self._cache, self._content = str(file), transform, raw, None, None
         self._open()
         try:
             self.identity = readIdentity(self.file)
         except (KeyError, ValueError) as error:
             raise ValueError(f'{file} is of another version ({error}); preprocess.makeDataset cuts it anew.') from error
         checkPatchFile(file, self.identity)
+        # which of the identity's patients each patch comes from
+        self.patientNumbers = self.file['patient'][:noSamples] if 'patient' in self.file else None
         numPatches = len(self.file['image'])
         self.noSamples = numPatches if noSamples is None else int(noSamples)
         if not 0 < self.noSamples <= numPatches:
@@ -101,6 +103,10 @@ class BRATSDataset(torch.utils.data.Dataset):
     def _open(self):
         self.file = h5py.File(self.path, 'r')
         self._process = os.getpid()
+        content = self.file['identity'][()] if 'identity' in self.file else None
+        if self._content not in (None, content):
+            raise ValueError(f'{self.path} was cut anew since this dataset was made: make the dataset again.')
+        self._content = content
 
     def __getstate__(self):
         return {**vars(self), 'file': None}  # HDF5 handles cannot be sent to another process

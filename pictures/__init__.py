@@ -3,7 +3,7 @@
 from pictures.calibration import countCalibration, plotCalibration
 from pictures.charts import plotCohort, plotConfusion, plotCurves, plotScores, plotVolumes
 from pictures.gifs import makeGifs
-from pictures.slices import plotCases, plotModalities, plotPrediction, plotSample, plotTransforms
+from pictures.slices import plotCases, plotModalities, plotPlanes, plotPrediction, plotSample, plotTransforms
 
 __all__ = [
     'countCalibration',
@@ -14,6 +14,7 @@ __all__ = [
     'plotConfusion',
     'plotCurves',
     'plotModalities',
+    'plotPlanes',
     'plotPrediction',
     'plotSample',
     'plotScores',

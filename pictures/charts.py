@@ -79,14 +79,15 @@ def _drawEditions(panel, counts):
 
 
 def plotCurves(history):
-    """Draw the learning curves, and mark the best epoch and the drops of the learning rate.
+    """Draw the learning curves, and mark the best epoch and the drops of a learning rate that falls in steps.
 
     Args:
         history: DataFrame of `checkpoints.readHistory`, one row per epoch: `epoch` (from 1), `trainLoss`, `valLoss`
-            (mean per patch) and, optionally, `learnRate`.
+            (mean per patch) and, optionally, `learnRate` and `diceWT`, `diceTC`, `diceET`.
 
     Returns:
-        matplotlib Figure. The losses have a logarithmic scale if they fall by more than a factor of 10.
+        matplotlib Figure: the losses, on a logarithmic scale if they fall by more than a factor of 10; and the Dice of
+        the regions, if they are there.
 
     Raises:
         ValueError: the history has no epoch or lacks a column.
@@ -97,8 +98,9 @@ def plotCurves(history):
             f'The history has {len(history)} epochs and lacks the columns {sorted(missing) or "none"}; '
             'at least one epoch and the columns epoch, trainLoss, valLoss were expected.'
         )
-    figure = newFigure(7, 4)
-    panel = figure.subplots()
+    regions = [region for region in MAIN_REGIONS if f'dice{region}' in history]
+    figure = newFigure(10.5 if regions else 7, 4)
+    panel, *others = figure.subplots(1, 2 if regions else 1, squeeze=False)[0]
     style = {'marker': '.' if len(history) < 40 else None}
     panel.plot(history['epoch'], history['trainLoss'], color=GREY, label='training', **style)
     panel.plot(history['epoch'], history['valLoss'], color=BLUE, label='validation', **style)
@@ -112,16 +114,23 @@ def plotCurves(history):
         panel.plot(best['epoch'], best['valLoss'], 'o', color=ORANGE, markersize=8, label=text)
     if 'learnRate' in history:
         _markDrops(panel, history['epoch'].to_numpy(), history['learnRate'].to_numpy(float))
-    panel.set(xlabel='epoch', ylabel='loss, mean per patch', title='Learning curves')
-    panel.set_xlim(history['epoch'].min() - 0.5, history['epoch'].max() + 0.5)  # no tick at an epoch 0
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panel.spines[['top', 'right']].set_visible(False)
-    panel.legend(frameon=False)
+    panel.set(ylabel='loss, mean per patch', title='Learning curves')
+    for dice in others:
+        for region, line in zip(regions, ('-', '--', ':'), strict=False):
+            dice.plot(history['epoch'], history[f'dice{region}'], line, color=BLUE, label=region, **style)
+        dice.set(ylabel='Dice (0 to 1; 1 is best)', ylim=(0, 1.02), title='Validation patches, micro average')
+    for axes in (panel, *others):
+        axes.set(xlabel='epoch', xlim=(history['epoch'].min() - 0.5, history['epoch'].max() + 0.5))  # no epoch 0
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.legend(frameon=False)
     return figure
 
 
 def _markDrops(panel, epochs, rates):
-    """Draw a line where the learning rate is lower than in the epoch before, with the new rate."""
+    """Draw a line where the learning rate is lower than in the epoch before, with the new rate; not if it always is."""
+    if (np.diff(rates) < 0).sum() > len(rates) / 2:
+        return
     style = {'rotation': 90, 'fontsize': 8, 'color': '#777777', 'ha': 'right', 'va': 'top'}
     for epoch, before, rate in zip(epochs[1:], rates, rates[1:], strict=False):
         if rate < before:

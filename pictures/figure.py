@@ -128,12 +128,12 @@ def showClasses(panel, classes, colors=None, opacity=OPACITY):
     panel.imshow(np.ma.masked_equal(classes.T, 0), vmin=0, vmax=len(colors) - 1, **style)
 
 
-def markSides(panel):
-    """Write on a panel where the patient's front and right are."""
+def markSides(panel, up='front', right='R'):
+    """Write on a panel which side of the patient is up, and which on the right (R: the patient's right)."""
     style = {'transform': panel.transAxes, 'color': 'white', 'fontsize': 8}
     style['path_effects'] = [withStroke(linewidth=2, foreground='black')]  # readable over a bright brain too
-    panel.text(0.5, 0.98, 'front', ha='center', va='top', **style)
-    panel.text(0.98, 0.5, 'R', ha='right', va='center', **style)
+    panel.text(0.5, 0.98, up, ha='center', va='top', **style)
+    panel.text(0.98, 0.5, right, ha='right', va='center', **style)
 
 
 def countText(number):

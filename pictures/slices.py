@@ -1,7 +1,7 @@
 """Draw slices: a patient's modalities and classes, a patch under transforms, predictions compared with the truth.
 
 In a notebook each figure appears once: at the end of the cell that made it, in a loop too, or where it is displayed.
-In every slice the patient's front is up and the patient's right is on the viewer's right.
+In every axial slice the patient's front is up and the patient's right is on the viewer's right.
 """
 
 import copy
@@ -32,7 +32,7 @@ from pictures.figure import (
     showSlice,
     unpackPrediction,
 )
-from transforms import transformCase
+from transforms import PLANES, transformCase
 
 # Colors of errors, distinct for color-blind readers from each other, from CLASS_COLORS and from dark grey
 ERRORS = {'false negative': '#FFFFFF', 'false positive': '#7FD34E', 'wrong class': '#D9A6FF'}
@@ -42,6 +42,7 @@ CAPTIONS = {  # what a modality shows
     't2': 'edema and fluid are bright',
     'flair': 'edema is bright, fluid dark',
 }
+SIDES = {'axial': ('front', 'R'), 'coronal': ('top', 'R'), 'sagittal': ('top', 'front')}  # up, and on the right
 REGION_NAMES = {'WT': 'whole tumor', 'TC': 'tumor core', 'ET': 'enhancing tumor'}
 
 
@@ -123,6 +124,40 @@ def plotModalities(paths):
         labels = EDITIONS[detectEdition(paths)].labels()
         # darker than above, so that the colors stand out
         _drawClassesAndRegions(below, cut[name], (low, 1.6 * high - 0.6 * low), label[..., number][box], labels, name)
+    return figure
+
+
+def plotPlanes(paths):
+    """Draw one slice of each of `config.PLANES`: what one network learns, and whose predictions are averaged.
+
+    Each slice is the one with most tumor or, without a segmentation, with most brain.
+
+    Args:
+        paths: one row of the file list.
+
+    Returns:
+        matplotlib Figure, a panel for each plane.
+
+    Raises:
+        ValueError, FileNotFoundError: as `patients.readCase`.
+    """
+    image, label = readCase(paths)
+    channel = shownChannel(len(image))
+    brains, window = maskFunction(image), displayWindow(image[channel], maskFunction(image[channel]))
+    volumes = [each.transpose(2, 0, 1) for each in (image[channel], brains.any(0))]  # (W, H, D) -> (D, W, H)
+    classes = None if label is None else label.transpose(2, 0, 1)
+    figure = newFigure(3 * len(config.PLANES), 3.6)
+    panels = figure.subplots(1, len(config.PLANES), squeeze=False)[0]
+    for panel, plane in zip(panels, config.PLANES, strict=True):
+        values, brain = (each.transpose(PLANES[plane]) for each in volumes)
+        tumor = None if label is None else classes.transpose(PLANES[plane])
+        number = mostInformativeSlice(*(mask for mask in (tumor, brain) if mask is not None))
+        box = cropBox(brain[number])
+        showSlice(panel, values[number][box], window, f'{plane}, slice {number} of {len(values)}')
+        if label is not None:
+            showClasses(panel, tumor[number][box])
+        markSides(panel, *SIDES[plane])
+    figure.suptitle(f'{patientOf(paths)}, {config.MODALITIES[channel]}', fontsize=11)
     return figure
 
 

@@ -80,7 +80,15 @@ def writeLayout(edition, folder, cases):
             save(volume, folder / name.format(g='HGG' if number % 2 else 'LGG', i=number, c=column), affine)
 
 
-PATCHES = ('image', 'label', 'patient', 'slice', 'row', 'column')  # the datasets of a patch file with a row a patch
+PATCHES = (
+    'image',
+    'label',
+    'patient',
+    'plane',
+    'slice',
+    'row',
+    'column',
+)  # have a row a patch
 
 
 def writePatchFile(file, image, label, patients=('P1',), **changes):
@@ -89,9 +97,11 @@ def writePatchFile(file, image, label, patients=('P1',), **changes):
         'modalities': list(config.MODALITIES),
         'classes': list(config.CLASS_NAMES),
         'patchSize': config.PATCH_SIZE,
+        'planes': list(config.PLANES),
         'stretching': [list(config.STRETCH_PERCENTILES), list(config.STRETCH_RANGE)],
         'editions': {'BraTS2020': [[0, 0], [1, 1], [2, 2], [4, 3]]},
         'patchStride': config.PATCH_STRIDE,
+        'sliceStep': None,
         'background': None,
         'transform': None,
         'patients': {patient: {'t1ce': f'image of {patient}', 'seg': f'seg of {patient}'} for patient in patients},
@@ -106,8 +116,9 @@ def writePatchFile(file, image, label, patients=('P1',), **changes):
 
 @pytest.fixture(autouse=True)
 def freshConfig(tmp_path, monkeypatch):
-    """Give each test the values of config.py, small ones where size costs time, and restore them afterwards."""
+    """Give each test the document's recipe, small numbers where size costs time, and restore config.py afterwards."""
     before = dict(vars(config))
+    vars(config).update(config.DOCUMENT)
     monkeypatch.delenv('BRATS_FOLDER', raising=False)
     config.OUTPUT_FOLDER = str(tmp_path / 'output')
     config.DEVICE = 'cpu'

@@ -42,7 +42,7 @@ def asFormat1():
     """Rewrite the last checkpoint in format 1: the history counts epochs from 0, and the model is `network`."""
     content = torch.load(config.LAST_CHECKPOINT, weights_only=True)
     content['format'] = 1
-    del content['identity'], content['recipe']
+    del content['identity'], content['recipe'], content['average'], content['epochs']
     for number, row in enumerate(content['history']):
         row['epoch'] = number
     content['settings']['network'] = content['settings'].pop('model')
@@ -236,6 +236,62 @@ def test_loadCheckpoint_resumedEqualsUninterrupted(tmp_path, workers, isBatched)
     assert [name for name in weights if not torch.equal(weights[name], resumed[name])] == []
     assert history.equals(resumedHistory) and list(history['epoch']) == [1, 2, 3, 4]
     assert drawn == resumedDrawn
+
+
+def runAveraged(folder, upTo):
+    """Run epochs of 4 batches with a schedule by steps and averaged weights, from the last checkpoint on."""
+    config.OUTPUT_FOLDER = str(folder)
+    config.SCHEDULE, config.AVERAGE, config.EPOCHS = 'poly', 0.3, 4
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 3, 8, 8, generator=generator)
+    dataset = torch.utils.data.TensorDataset(images, (images[:, 0] > 0).long())
+    loader = torch.utils.data.DataLoader(dataset, 4, shuffle=True)
+    model, optimizer, _, scaler = makeRun()
+    scheduler, average = engine.makeScheduler(optimizer, 16), engine.makeAverage(model, 16)
+    criterion = torch.nn.CrossEntropyLoss()
+    state = checkpoints.loadCheckpoint(model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT, average)
+    *_, start, _, _, best = state
+    for epoch in range(start, upTo):
+        trainLoss = engine.train(model, criterion, optimizer, scaler, loader, None, scheduler, average)
+        valLoss, dice = engine.validate(average, criterion, loader, dice=True)
+        run = (model, optimizer, scheduler, scaler, trainLoss, valLoss, best)
+        best = checkpoints.makeCheckpoint(epoch, *run, average, dice)
+    return {**model.state_dict(), **average.state_dict()}, checkpoints.readHistory()
+
+
+def test_loadCheckpoint_resumesAverageAndSchedule(tmp_path):
+    """With averaged weights and a schedule by steps, two and two epochs equal four, bit for bit."""
+    torch.manual_seed(0)
+    weights, history = runAveraged(tmp_path / 'whole', 4)
+    torch.manual_seed(0)
+    runAveraged(tmp_path / 'parts', 2)
+    torch.manual_seed(99)
+    resumed, resumedHistory = runAveraged(tmp_path / 'parts', 4)
+    assert [name for name in weights if not torch.equal(weights[name], resumed[name])] == []
+    assert history.equals(resumedHistory) and {'diceWT', 'diceTC', 'diceET'} < set(history.columns)
+    assert history['learnRate'].is_monotonic_decreasing
+    assert not torch.equal(weights['0.weight'], weights['module.0.weight'])
+
+
+def test_loadCheckpoint_predictsWithTheAverage(tmp_path):
+    """Without an optimizer the averaged weights are loaded; to resume, the average has to be given."""
+    weights, _ = runAveraged(tmp_path, 2)
+    model, optimizer, _, scaler = makeRun(1)
+    checkpoints.loadCheckpoint(model, None, None, None, config.LAST_CHECKPOINT)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[f'module.{name}'])
+    with pytest.raises(ValueError, match='was made with a moving average'):
+        checkpoints.loadCheckpoint(model, optimizer, None, scaler, config.LAST_CHECKPOINT)
+
+
+def test_loadCheckpoint_tellsAnotherNumberOfEpochs(tmp_path, capsys):
+    """A finished run of 4 epochs that gets 8 goes on at half of the maximal rate, and says so."""
+    runAveraged(tmp_path, 4)
+    config.EPOCHS, config.POLY_POWER = 8, 0.9
+    model, optimizer, _, scaler = makeRun()
+    average = engine.makeAverage(model, 32)
+    checkpoints.loadCheckpoint(model, optimizer, None, scaler, config.LAST_CHECKPOINT, average)
+    assert 'after 4 epochs the learning rate goes on at 0.54 of its maximum, not at 0.00' in capsys.readouterr().out
 
 
 def test_loadCheckpoint_readsFormat1():

@@ -242,6 +242,19 @@ def test_splitFolds_testsEachPatientOnce():
             cohort.splitFolds(table, k)
 
 
+def test_writeSplit_keepsTheSplitOfARun(tmp_path):
+    """Beside a checkpoint, another split does not replace the one that the run was made with; the same one may."""
+    config.OUTPUT_FOLDER, file = str(tmp_path), tmp_path / 'split.json'
+    sets, others = cohort.split(listOf(9)), cohort.split(listOf(12))
+    cohort.writeSplit(others, file)
+    cohort.writeSplit(sets, file)
+    touch(tmp_path, 'last.pt')
+    cohort.writeSplit(sets, file)
+    with pytest.raises(ValueError, match=r'split\.json is the split of the run in this folder'):
+        cohort.writeSplit(others, file)
+    assert [list(part.index) for part in cohort.readSplit(file, listOf(9))] == [list(part.index) for part in sets]
+
+
 def test_readSplit_returnsWhatWasWritten(tmp_path):
     """A split written to JSON and read again is the same; the file holds ids by set."""
     table = listOf(10)

@@ -1,6 +1,4 @@
 import gc
-import logging
-import math
 import multiprocessing
 
 import numpy as np
@@ -16,7 +14,9 @@ import batched
 import config
 import engine
 import preprocess
+import recipe
 import utils
+import windows
 from conftest import COLUMNS
 
 SCALER = torch.amp.GradScaler('cuda', enabled=False)
@@ -26,7 +26,7 @@ PATIENTS = ['BraTS20_Training_001', 'BraTS20_Training_002', 'BraTS20_Training_00
 @pytest.fixture
 def inFloat32(monkeypatch):
     """Switch autocast off, so that results can be compared closely."""
-    monkeypatch.setattr(engine, 'precision', lambda device: None)
+    monkeypatch.setattr(recipe, 'precision', lambda device: None)
 
 
 def makeBatches(numBatches=5, size=6, seed=0):
@@ -61,55 +61,6 @@ def makePatient(writeCase, shape=(70, 45, 5), patient=PATIENTS[0]):
     image[:, 5:60, 3:-1, 1:-1] = generator.integers(1, 900, (4, *inner))
     label[5:60, 3:-1, 1:-1] = generator.choice([0, 1, 2, 4], inner)
     return writeCase(dict(zip(COLUMNS, (*image, label), strict=True)), patient), label
-
-
-# The model and its loss
-
-
-def test_makeModel_followsConfig():
-    """The channels follow the modalities, and the output has NO_CLASSES channels."""
-    config.ENCODER_NAME, config.DECODER_CHANNELS = 'resnet18', (32, 16, 16, 8, 8)
-    config.MODALITIES, config.NO_CLASSES = ('t1', 't1ce', 't2', 'flair'), 5
-    assert engine.makeModel()(torch.zeros(2, 4, 64, 32)).shape == (2, 5, 64, 32)
-
-
-def test_availableWeights_areNoneOffline(monkeypatch, capsys, caplog):
-    """If the download fails, one message says so; the model then equals one made without pretrained weights."""
-    config.ENCODER_NAME, config.DECODER_CHANNELS = 'resnet18', (32, 16, 16, 8, 8)
-    torch.manual_seed(0)
-    expected, drawn = engine.makeModel(), torch.rand(1)
-
-    def fail(name, weights):
-        assert (name, weights) == ('resnet18', 'imagenet')
-        torch.rand(3)
-        logging.getLogger('huggingface_hub').warning('retrying')
-        raise OSError('the hub cannot be reached\nsecond line')
-
-    monkeypatch.setattr(smp.encoders, 'get_encoder', fail)
-    config.ENCODER_WEIGHTS = 'imagenet'
-    torch.manual_seed(0)
-    assert torch.equal(flatten(engine.makeModel()), flatten(expected)) and torch.equal(torch.rand(1), drawn)
-    printed = capsys.readouterr().out
-    assert 'The imagenet weights of resnet18 cannot be loaded (the hub cannot be reached)' in printed
-    assert not caplog.records
-    logging.getLogger('huggingface_hub').warning('another')
-    assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize(('gamma', 'expected'), [(0, math.log(2)), (1, math.log(2) / 2), (2, math.log(2) / 4)])
-def test_makeCriterion_weighsByGamma(gamma, expected):
-    """With all logits 0 each class has probability 1/2, so the focal loss is log(2) / 2 ** gamma."""
-    config.LOSS_GAMMA = gamma
-    loss = engine.makeCriterion()(torch.zeros(2, 4, 8, 8), torch.ones(2, 8, 8, dtype=torch.long))
-    assert loss.shape == () and float(loss) == pytest.approx(expected)
-
-
-def test_precision_dependsOnTheDevice(monkeypatch):
-    """A GPU with native bfloat16 computes in it, an older one in float16; autocast is off on mps."""
-    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation, native=native: native)
-        assert engine.precision('cuda') is expected
-    assert engine.precision('mps') is None
 
 
 # Training and validation
@@ -208,6 +159,26 @@ def test_train_worksAfterValidate(inFloat32):
     assert model.training and not any(weight.is_inference() for weight in model.parameters())
 
 
+def test_validate_countsTheDiceOfTheRegions(inFloat32):
+    """Six pixels by hand: WT has 3 of 4 + 4, TC 2 of 3 + 3, ET 1 of 1 + 2; over two batches; without any it is 1."""
+
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return 9.0 * torch.nn.functional.one_hot(x[:, 0].long(), 4).movedim(-1, 1)
+
+    true = torch.tensor([[[0, 1, 1], [2, 3, 0]]])
+    predicted = torch.tensor([[[0, 1, 3], [0, 3, 2]]])
+    batches = [(predicted[:, None, row].float()[:, :, None], true[:, row][:, None]) for row in (0, 1)]
+    _, dice = engine.validate(Fixed(), torch.nn.CrossEntropyLoss(), batches, dice=True)
+    assert dice == pytest.approx({'WT': 6 / 8, 'TC': 6 / 6, 'ET': 2 / 3})
+    nothing = [(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.long))]
+    assert engine.validate(Fixed(), torch.nn.CrossEntropyLoss(), nothing, dice=True)[1] == {'WT': 1, 'TC': 1, 'ET': 1}
+
+
 @pytest.mark.parametrize('numBatches', [2, 45])
 def test_validate_sumsOverSamples(inFloat32, numBatches):
     """The result is the mean loss of each batch times its size, summed; the weights stay, the mode is evaluation."""
@@ -292,6 +263,57 @@ def test_predict_returnsTheTruthOfAnOracle(writeCase, shape, options):
     assert torch.equal(y, yhat)
 
 
+class Lean(torch.nn.Module):
+    """Logits that differ along the two axes of a slice, so that each plane gives other ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor([0.5, 1.0, -1.0, 2.0]))
+
+    def forward(self, x):
+        height, width = torch.arange(x.shape[2]), torch.arange(x.shape[3])
+        place = torch.cumsum(x[:, :1], 2) / (1 + height)[:, None] - 2 * torch.cumsum(x[:, 1:2], 3) / (1 + width)
+        return place * self.scale[:, None, None]
+
+
+def test_predict_averagesThePlanes(writeCase, inFloat32):
+    """Probabilities of several planes are the mean of each plane's, computed by hand on the turned volume's box."""
+    paths, _ = makePatient(writeCase, (70, 36, 20))
+    model, planes = Lean(), ('axial', 'coronal', 'sagittal')
+    x, _, yhat, found = engine.predict(paths, model, probabilities=True, planes=planes)
+    box = x[1:-1, :, 5:60, 3:-1]  # the brain's bounding box
+    turned = {'axial': box, 'coronal': box.permute(3, 1, 2, 0), 'sagittal': box.permute(2, 1, 3, 0)}
+    back = {'axial': (0, 1, 2, 3), 'coronal': (3, 1, 2, 0), 'sagittal': (3, 1, 0, 2)}
+    with torch.inference_mode():
+        expected = {name: model(turned[name]).softmax(1).permute(back[name]) for name in planes}
+    for name in planes:
+        single = engine.predict(paths, model, probabilities=True, planes=[name])[3]
+        torch.testing.assert_close(single[1:-1, :, 5:60, 3:-1], expected[name], atol=1e-5, rtol=0)
+    mean = sum(expected.values()) / 3
+    torch.testing.assert_close(found[1:-1, :, 5:60, 3:-1], mean, atol=1e-5, rtol=0)
+    assert torch.equal(yhat[1:-1, 5:60, 3:-1], mean.argmax(1)) and (yhat[:, :5] == 0).all()
+    assert (expected['axial'] - mean).abs().max() > 0.1
+
+
+@pytest.mark.parametrize('options', [{}, {'patchStride': 24}, {'patchStride': 7, 'mirror': True}])
+def test_predict_returnsTheTruthOfAnOracleInEveryPlane(writeCase, options):
+    """A model that returns the truth it is shown is right at every voxel, whatever planes are averaged."""
+    paths, label = makePatient(writeCase, (70, 45, 9))
+    config.MODALITIES = ('t1', 't1ce', 't2', 'flair')
+    for planes in (('coronal',), ('sagittal',), ('axial', 'coronal', 'sagittal')):
+        _, _, yhat, probability = engine.predict(
+            paths, Oracle(), transform=addTruth, planes=planes, probabilities=True, **options
+        )
+        np.testing.assert_array_equal(yhat, np.where(label == 4, 3, label).transpose(2, 0, 1))
+        np.testing.assert_allclose(probability.sum(1), 1, atol=1e-5)
+
+
+def test_predict_refusesAnUnknownPlane(writeCase):
+    """A plane that does not exist is named with those that do."""
+    with pytest.raises(ValueError, match='There is no plane oblique; axial, coronal, sagittal were expected'):
+        engine.predict(makePatient(writeCase)[0], makeUnet(), planes=['oblique'])
+
+
 @pytest.mark.parametrize('isGiven', [False, True])
 def test_predict_seesWhatTheTrainingSees(writeCase, tmp_path, isGiven):
     """The patches of makeDataset equal predict's x and y at their places, but for the rounding to float16."""
@@ -342,7 +364,7 @@ def test_predict_averagesTheFourFlips(writeCase, inFloat32):
     x, _, _, found = engine.predict(paths, model, patchStride=64, mirror=True, probabilities=True)
     with torch.inference_mode():
         flips = [model(x[1:2].flip(axes)).softmax(1).flip(axes) for axes in ([], [2], [3], [2, 3])]
-    torch.testing.assert_close(found[1:2], sum(flips) / 4, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1:2, :, 5:60, 3:-1], (sum(flips) / 4)[:, :, 5:60, 3:-1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize('stride', [None, 24])
@@ -357,7 +379,7 @@ def test_predict_worksWithoutSegmentationAndWithoutBrain(writeCase, stride):
 
 
 def test_predict_skipsWindowsWithoutBrain(writeCase):
-    """With brain in one corner, only that window is predicted; the rest is background with probability 1."""
+    """With brain in one corner, only that window is predicted; outside the brain's box is background, for certain."""
     image = np.zeros((3, 80, 80, 2), np.int16)
     image[:, :10, :10] = np.arange(1, 11)[:, None, None]
     paths = writeCase(dict(zip(('t1ce', 't2', 'flair'), image, strict=True)))
@@ -369,8 +391,8 @@ def test_predict_skipsWindowsWithoutBrain(writeCase):
             return torch.tensor([0.0, 0, 9, 0])[None, :, None, None].expand(len(patches), 4, *patches.shape[2:])
 
     _, _, yhat, probability = engine.predict(paths, Edema(), patchStride=24, probabilities=True)
-    assert sum(batchSizes) == 2 and (yhat[:, :32, :32] == 2).all() and (yhat[:, 32:] == 0).all()
-    assert (probability[:, 0, 32:] == 1).all() and (probability[:, 0, :, 32:] == 1).all()
+    assert sum(batchSizes) == 2 and (yhat[:, :10, :10] == 2).all() and (yhat[:, 10:] == 0).all()
+    assert (probability[:, 0, 10:] == 1).all() and (probability[:, 0, :, 10:] == 1).all()
 
 
 @pytest.mark.parametrize(('stride', 'expected'), [(6, {2}), (2, {3, 1})])  # 2 and 4 windows a slice
@@ -378,7 +400,7 @@ def test_predict_boundsItsMemoryAndPadsWithBackground(writeCase, monkeypatch, st
     """At most PREDICT_BATCH windows, or one slice, are held at a time; beyond a small image lies its lowest value."""
     config.DEVICE, config.PREDICT_BATCH, config.PATCH_SIZE = 'cuda:77', 3, 64
     paths, _ = makePatient(writeCase, (70, 45, 9))
-    batchSizes, ends, heldSlices, average = set(), set(), set(), engine._averageWindows
+    batchSizes, ends, heldSlices, average = set(), set(), set(), windows._averageWindows
 
     class Spy(torch.nn.Module):
         def forward(self, patches):
@@ -386,11 +408,11 @@ def test_predict_boundsItsMemoryAndPadsWithBackground(writeCase, monkeypatch, st
             ends.update((patches[..., 45:].min().item(), patches[..., 45:].max().item()))
             return patches.new_zeros(len(patches), 4, *patches.shape[2:])
 
-    def spy(x, windows, *options):
-        heldSlices.add(len({number for number, *_ in windows}))
-        return average(x, windows, *options)
+    def spy(x, places, *options):
+        heldSlices.add(len({number for number, *_ in places}))
+        return average(x, places, *options)
 
-    monkeypatch.setattr(engine, '_averageWindows', spy)
+    monkeypatch.setattr(windows, '_averageWindows', spy)
     engine.predict(paths, Spy(), patchStride=stride, device=torch.device('cpu'))
     assert batchSizes == expected and heldSlices == {1} and ends == {-1}
 

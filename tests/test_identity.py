@@ -1,8 +1,10 @@
 """What must not be mixed cannot be mixed: patch files, checkpoints, folds and predictions of different runs."""
 
+import gzip
 import warnings
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,9 +16,11 @@ import checkpoints
 import config
 import engine
 import identity
+import metrics
 import phantom
 import postprocess
 import preprocess
+import trained
 import transforms
 import utils
 from conftest import writePatchFile
@@ -108,10 +112,80 @@ def test_train_goesOnFromLoadedWeights():
     save(*trainOn(makeFile('a.h5')))
     model = checkpoints.loadModel(config.LAST_CHECKPOINT)
     trainOn(makeFile('b.h5', patients=('P8', 'P9')), model)
-    assert identity.trainedAmong(model, ['P1', 'P3', 'P8', 'P9']) == ['P1', 'P8', 'P9']
+    assert trained.trainedAmong(model, ['P1', 'P3', 'P8', 'P9']) == ['P1', 'P8', 'P9']
     config.OUTPUT_FOLDER += '/second'
     save(model, torch.optim.SGD(model.parameters(), 0.1))
-    assert identity.trainedAmong(checkpoints.loadModel(config.LAST_CHECKPOINT), ['P2', 'P8']) == ['P2', 'P8']
+    assert trained.trainedAmong(checkpoints.loadModel(config.LAST_CHECKPOINT), ['P2', 'P8']) == ['P2', 'P8']
+
+
+def withNumbers(file, numbers):
+    """Add to a patch file which patient each patch comes from."""
+    with h5py.File(file, 'a') as handle:
+        handle['patient'] = np.array(numbers, np.int32)
+    return utils.BRATSDataset(file)
+
+
+@pytest.mark.parametrize(
+    'wrap', [lambda m: m, torch.nn.DataParallel, torch.compile], ids=['bare', 'parallel', 'compiled']
+)
+def test_train_notesThroughWrappers(wrap):
+    """Trained through a wrapper, model and checkpoint know their patients, and the weights load into a bare model."""
+    model = makeModel()
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trained.noteTraining(wrapped, utils.BRATSDataset(makeFile('train.h5')), torch.nn.CrossEntropyLoss())
+    assert trained.trainedAmong(model, ['P1', 'P3']) == trained.trainedAmong(wrapped, ['P1', 'P3']) == ['P1']
+    save(wrapped, optimizer)
+    loaded = checkpoints.loadModel(config.LAST_CHECKPOINT)
+    assert trained.trainedAmong(loaded, ['P1', 'P3']) == ['P1']
+    assert torch.equal(next(loaded.parameters()), next(model.parameters()))
+
+
+def test_train_notesThePatientsOfASubset():
+    """Of a file of three patients, only those whose patches are trained on are noted: by Subset, number, or joined."""
+    dataset = withNumbers(makeFile('a.h5', patients=('P1', 'P2', 'P3')), [0, 0, 1, 2])
+    subset = torch.utils.data.Subset(dataset, [3, 1])
+    assert list(trained.datasetIdentity(subset)['patients']) == ['P1', 'P3']
+    assert list(trained.datasetIdentity(torch.utils.data.Subset(subset, [0]))['patients']) == ['P3']
+    assert list(trained.datasetIdentity(utils.BRATSDataset(dataset.path, 3))['patients']) == ['P1', 'P2']
+    other = utils.BRATSDataset(makeFile('b.h5', patients=('P8',)))
+    joined = trained.datasetIdentity(torch.utils.data.ConcatDataset([subset, other]))
+    assert sorted(joined['patients']) == ['P1', 'P3', 'P8']
+
+
+def test_train_warnsOfUnknownPatientsAfterKnownOnes():
+    """A loader that does not say whose patches it gives is no secret way to train on more patients."""
+    model, optimizer = trainOn(makeFile('train.h5'))
+    batches = [(torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.long))]
+    with pytest.warns(UserWarning, match='The patients of this loader are not known'):
+        engine.train(model, torch.nn.CrossEntropyLoss(), optimizer, SCALER, batches)
+
+
+def test_train_refusesTheOtherKindOfLoss():
+    """A model trained with a softmax is not trained on with the focal loss, whose probabilities are sigmoids."""
+    model, _ = trainOn(makeFile('a.h5'))
+    with pytest.raises(ValueError, match='the loss has a softmax, not a sigmoid'):
+        trainOn(makeFile('a.h5'), model, smp.losses.FocalLoss('multiclass'))
+
+
+def test_train_marksNoModelThatItRefuses():
+    """A call with an optimizer of another model leaves the model unmarked."""
+    model, loader = makeModel(), torch.utils.data.DataLoader(utils.BRATSDataset(makeFile('a.h5')), 2)
+    optimizer = torch.optim.SGD(torch.nn.Conv2d(1, 1, 1).parameters(), 0.1)
+    with pytest.raises(ValueError, match='none of the parameters'):
+        engine.train(model, torch.nn.CrossEntropyLoss(), optimizer, SCALER, loader)
+    assert trained.identityOf(model) is None
+
+
+def test_validate_refusesPatchesCutOtherwise():
+    """Validation patches of other channels, as many as in training, are refused."""
+    model, _ = trainOn(makeFile('train.h5'))
+    config.MODALITIES = ('flair', 't2', 't1ce')
+    loader = torch.utils.data.DataLoader(utils.BRATSDataset(makeFile('val.h5', patients=('P9',))), 2)
+    with pytest.raises(
+        ValueError, match=r'The validation patches were cut otherwise than those of training: config\.MODAL'
+    ):
+        engine.validate(model, torch.nn.CrossEntropyLoss(), loader)
 
 
 def test_validate_warnsOfTrainedPatients():
@@ -132,7 +206,7 @@ def test_validate_warnsOfTrainedPatients():
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'patients': ('P3', 'P4')}, r'2 only there \(P1, P2\); 2 only here \(P3, P4\)'),
+        ({'patients': ('P3', 'P4')}, r'2 only there \(P1, P2\)'),
         ({'patchStride': 16}, 'PATCH_STRIDE is 24, not 16'),
         ({'editions': {'BraTS2021': []}}, "the labels' classes in each edition"),
     ],
@@ -164,7 +238,71 @@ def test_loadCheckpoint_comparesTheFileThatIsTrainedOn():
         trainOn(makeFile('other.h5', patients=('P7',)), model)
 
 
+def test_loadCheckpoint_refusesAnotherValidationSet():
+    """With other validation patients the best epoch would be chosen by two sets: the run is not resumed."""
+    model, optimizer = trainOn(makeFile('train.h5'))
+    loader = torch.utils.data.DataLoader(utils.BRATSDataset(makeFile('val.h5', patients=('P5', 'P6'))), 2)
+    engine.validate(model, torch.nn.CrossEntropyLoss(), loader)
+    save(model, optimizer)
+    checkpoints.loadCheckpoint(model, optimizer, None, SCALER, config.LAST_CHECKPOINT)
+    loader.dataset.file.close()
+    makeFile('val.h5', patients=('P6', 'P7'))
+    with pytest.raises(ValueError, match=r'config\.VAL_FILE, .*val\.h5: 1 only there \(P5\); 1 only here \(P7\)'):
+        checkpoints.loadCheckpoint(model, optimizer, None, SCALER, config.LAST_CHECKPOINT)
+
+
+def test_loadCheckpoint_refusesATrainedModelWithoutAFile():
+    """In a new folder, a model and optimizer that were trained before are no fresh start."""
+    model, optimizer = trainOn(makeFile('train.h5'))
+    config.OUTPUT_FOLDER += '/new'
+    with pytest.raises(ValueError, match='the model has been trained already'):
+        checkpoints.loadCheckpoint(model, optimizer, None, SCALER, config.LAST_CHECKPOINT)
+
+
+def test_loadCheckpoint_refusesAnotherOptimizer():
+    """Adam's state is not loaded into SGD."""
+    save(*trainOn(makeFile('train.h5')))
+    model = makeModel()
+    with pytest.raises(ValueError, match='was made with optimizer = Adam, this run has optimizer = SGD'):
+        checkpoints.loadCheckpoint(
+            model, torch.optim.SGD(model.parameters(), 0.1), None, SCALER, config.LAST_CHECKPOINT
+        )
+
+
+def test_loadCheckpoint_resumesAPartOfAFile():
+    """A run that is trained on the first patches of a file resumes, though the file holds more patients."""
+    file = makeFile('train.h5', patients=('P1', 'P2', 'P3'))
+    withNumbers(file, [0, 0, 1, 2])
+    model = makeModel()
+    optimizer = torch.optim.Adam(model.parameters())
+    loader = torch.utils.data.DataLoader(utils.BRATSDataset(file, 2), 2)
+    engine.train(model, torch.nn.CrossEntropyLoss(), optimizer, SCALER, loader)
+    save(model, optimizer)
+    checkpoints.loadCheckpoint(model, optimizer, None, SCALER, config.LAST_CHECKPOINT)
+    engine.train(model, torch.nn.CrossEntropyLoss(), optimizer, SCALER, loader)
+
+
+def test_makeCheckpoint_writesOverNoOtherRun():
+    """At the same epoch, the checkpoint of a model of other patients does not replace this run's."""
+    save(*trainOn(makeFile('a.h5')))
+    before = Path(config.LAST_CHECKPOINT).read_bytes()
+    model, optimizer = trainOn(makeFile('b.h5', patients=('P8',)))
+    with pytest.raises(ValueError, match='belongs to a run on other data than the model'):
+        save(model, optimizer, epoch=1)
+    assert Path(config.LAST_CHECKPOINT).read_bytes() == before
+
+
 # Prediction
+
+
+def test_loadModel_comparesConfigWithoutAnIdentity():
+    """Weights that do not know what they were trained on follow config, so their modalities have to be its."""
+    model = makeModel()
+    save(model, torch.optim.SGD(model.parameters(), 0.1))
+    checkpoints.loadModel(config.LAST_CHECKPOINT)
+    config.MODALITIES = ('flair', 't2', 't1ce')
+    with pytest.raises(ValueError, match='was made with MODALITIES ='):
+        checkpoints.loadModel(config.LAST_CHECKPOINT)
 
 
 def test_loadModel_needsNoConfiguration(df, tmp_path):
@@ -276,7 +414,7 @@ def test_trainedAmong_knowsOtherTimePoints():
     """Another scan of a subject that the model was trained on is no test either."""
     model, _ = trainOn(makeFile('train.h5', patients=('BraTS-GLI-00001-000', 'BraTS20_Training_001')))
     ids = ['BraTS-GLI-00001-001', 'BraTS-GLI-00002-000', 'BraTS20_Training_001', 'BraTS20_Training_002']
-    assert identity.trainedAmong(model, ids) == [ids[0], ids[2]]
+    assert trained.trainedAmong(model, ids) == [ids[0], ids[2]]
 
 
 def test_predictAll_recognizesARenamedPatient(df):
@@ -285,6 +423,50 @@ def test_predictAll_recognizesARenamedPatient(df):
     renamed = df[:1].rename({df.index[0]: 'BraTS20_Training_777'})
     with pytest.warns(UserWarning, match='was trained on 1 of 1 patients: BraTS20_Training_777'):
         list(engine.predictAll(renamed, model))
+
+
+def test_predictAll_knowsOtherPatientsOfTheSameName(df, tmp_path, capsys):
+    """Two hospitals may both have a patient 001: with other images it is a test, and a message says so."""
+    model = makeTrained(df)
+    phantom.makeCases(tmp_path / 'elsewhere', 1, seed=7, shape=(40, 40, 16))
+    elsewhere = utils.makeFileList(tmp_path / 'elsewhere')
+    assert trained.trainedPatients(model, elsewhere) == [] and trained.trainedPatients(model, df) == [df.index[0]]
+    assert f'{df.index[0]} has the name of a patient that the model was trained on, but other images' in (
+        capsys.readouterr().out
+    )
+
+
+def test_trainedPatients_knowsAnUnpackedCopy(df, tmp_path):
+    """The same images as `.nii` are those of the training, as they are when packed."""
+    model, copy = makeTrained(df), df[:1].copy()
+    for column in copy:
+        file = tmp_path / 'copy' / f'{df.index[0]}_{column}.nii'
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(gzip.decompress(Path(df[column].iloc[0]).read_bytes()))
+        copy.loc[df.index[0], column] = str(file)
+    assert trained.trainedPatients(model, copy) == [df.index[0]]
+    assert identity.checksums(copy.iloc[0]) == identity.checksums(df.iloc[0])
+
+
+@pytest.mark.filterwarnings('ignore:The model was trained on')
+def test_predictFolder_keepsWhatAnEarlierCallWrote(df, tmp_path):
+    """Two calls for two parts of the patients leave the scores of both, and remember who was trained on."""
+    model, folder = makeTrained(df), tmp_path / 'out'
+    postprocess.predictFolder(df[:2], model, folder)
+    assert list(postprocess.predictFolder(df[2:], model, folder)['patient'].unique()) == [df.index[2]]
+    assert sorted(pd.read_csv(folder / 'scores.csv')['patient'].unique()) == list(df.index[1:])
+    assert set(postprocess.scoreFolder(df, folder / 'upload')['patient']) == set(df.index[1:])
+
+
+def test_predictFolder_leavesTheScoresOfANotebook(df, tmp_path):
+    """A folder that writeScores filled keeps its scores: predictFolder asks for another one."""
+    model = makeModel()
+    _, y, yhat = engine.predict(df.iloc[0], model)
+    postprocess.writeScores({df.index[0]: metrics.scorePatient(y, yhat)}, tmp_path / 'out', model, df)
+    before = (tmp_path / 'out' / 'scores.csv').read_bytes()
+    with pytest.raises(ValueError, match='out holds segmentations with other weights'):
+        postprocess.predictFolder(df[1:], model, tmp_path / 'out')
+    assert (tmp_path / 'out' / 'scores.csv').read_bytes() == before
 
 
 @pytest.mark.filterwarnings('ignore:The model was trained on')
@@ -310,6 +492,7 @@ def test_predictFolder_mixesNoModels(df, tmp_path):
         (other, {}, 'weights'),
         (one, {'patchStride': 24}, 'kind'),
         (one, {'rules': postprocess.Tuning(N=5)}, 'rules'),
+        (one, {'transform': transforms.volumeTransform(outRange=(0, 1))}, 'input'),
     ):
         with pytest.raises(ValueError, match=f'out holds segmentations with other {words}'):
             postprocess.predictFolder(df, model, folder, **options)

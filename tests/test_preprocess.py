@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import h5py
+import joblib
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -113,6 +114,52 @@ def test_makeDataset_keepsAFractionOfTheBrainBySeed(writeCase, tmp_path):
     assert origins(0.5, 0, 'c.h5') == half and origins(0.5, 1, 'd.h5') != half
 
 
+@pytest.mark.parametrize('isGiven', [False, True])
+def test_makeDataset_cutsEveryPlane(writeCase, tmp_path, isGiven):
+    """Put back by plane, slice, row and column, patches are every third slice of each plane, from a drawn start."""
+    config.PLANES, config.SLICE_STEP = ('sagittal', 'axial', 'coronal'), 3
+    image, label, paths = makePatient(writeCase, (40, 44, 36), tumor=slice(None))
+    transform = transforms.makeTransforms()[2] if isGiven else None
+    numPatches = preprocess.makeDataset(listOf(P1=paths), tmp_path / 'a.h5', transform)
+    x, y = transforms.transformCase(image, label // 4 * 3, transforms.volumeTransform())
+    turned = [x.permute(2, 1, 3, 0), x, x.permute(3, 1, 2, 0)]  # (D, C, W, H) -> slices of (H, D), (W, H), (W, D)
+    classes = [y.permute(1, 2, 0), y, y.permute(2, 1, 0)]
+    with h5py.File(tmp_path / 'a.h5') as file:
+        planes = file['plane'][:]
+        assert numPatches == len(planes) and planes.tolist() == sorted(planes)
+        for number in range(numPatches):
+            plane, z, row, column = (int(file[name][number]) for name in ('plane', *ORIGINS))
+            window = (slice(row, row + 32), slice(column, column + 32))
+            expected = turned[plane][(z, slice(None), *window)].numpy().astype(np.float16)
+            np.testing.assert_array_equal(file['image'][number], expected)
+            np.testing.assert_array_equal(file['label'][number], classes[plane][(z, *window)])
+        for plane, length in enumerate((40, 36, 44)):
+            slices = np.unique(file['slice'][:][planes == plane])
+            assert slices[0] < 3 and set(np.diff(slices)) == {3} and slices[-1] >= length - 3
+            assert (planes == plane).sum() == 2 * 2 * len(slices)
+
+
+def test_makeDataset_drawsTheFirstSliceOfEachPatientAndPlane(writeCase, tmp_path):
+    """Starts differ between patients and planes, follow the seed, and stay the same in a second call."""
+    config.PLANES, config.SLICE_STEP = ('axial', 'coronal', 'sagittal'), 3
+    *_, paths = makePatient(writeCase, (40, 40, 40), tumor=slice(None))
+    df = listOf(**{f'P{number}': paths for number in range(6)})
+
+    def startsOf(name):
+        preprocess.makeDataset(df, tmp_path / name)
+        with h5py.File(tmp_path / name) as file:
+            origins = zip(file['patient'][:], file['plane'][:], file['slice'][:], strict=True)
+            starts = {}
+            for patient, plane, z in origins:
+                starts.setdefault((patient, plane), z)
+            return starts
+
+    starts = startsOf('a.h5')
+    assert len(starts) == 18 and set(starts.values()) == {0, 1, 2} and startsOf('b.h5') == starts
+    config.SEED = 1
+    assert startsOf('c.h5') != starts
+
+
 def test_makeDataset_padsAVolumeSmallerThanAPatch(writeCase, tmp_path):
     """The padding is background: -1 in the image, class 0 in the label, even where tumor fills the volume."""
     *_, paths = makePatient(writeCase, shape=(20, 30, 4), tumor=slice(None))
@@ -200,6 +247,55 @@ def test_makeDataset_findsAFileOfTheSameTransform(writeCase, tmp_path, capsys):
         assert not isReplaced(capsys, file, df, make())
 
 
+def test_makeDataset_tellsUnknownTransformsApart(writeCase, tmp_path):
+    """Two lambdas that make other patches have other identities; the same one has the same again."""
+    df, found = listOf(P1=makePatient(writeCase)[-1]), []
+    for value in (2, 3, 2):
+        scale = lambda subject, value=value: {k: x if k == 'y' else x / 1e3 * value for k, x in subject.items()}  # noqa: E731
+        preprocess.makeDataset(df, tmp_path / 'a.h5', transform=scale)
+        with h5py.File(tmp_path / 'a.h5') as file:
+            found.append(json.loads(file['identity'][()])['transform'])
+    assert found[0] == found[2] != found[1] and found[0].startswith('unknown, patches ')
+
+
+def test_makeDataset_refusesAPatientTwice(writeCase, tmp_path):
+    """A file list that was joined carelessly would weigh a patient double."""
+    df = listOf(P1=makePatient(writeCase)[-1])
+    with pytest.raises(ValueError, match='patient P1 is in the file list more than once'):
+        preprocess.makeDataset(pd.concat([df, df]), tmp_path / 'a.h5')
+
+
+def test_makeDataset_readsAPatientAgainAfterADiskError(writeCase, tmp_path, monkeypatch):
+    """A patient left out because of the disk is tried again; one left out because of its content is not."""
+    config.ON_BAD_PATIENT = 'leaveOut'
+    df = listOf(P1=makePatient(writeCase)[-1], P2=makePatient(writeCase, patient='BraTS20_Training_002')[-1])
+    read = patients._decompress
+
+    def fail(nifti, path, dimensions):
+        if 'Training_002' in str(path):
+            raise OSError(5, 'Input/output error')
+        return read(nifti, path, dimensions)
+
+    monkeypatch.setattr(patients, '_decompress', fail)
+    preprocess.makeDataset(df, tmp_path / 'a.h5')
+    monkeypatch.undo()
+    preprocess.makeDataset(df, tmp_path / 'a.h5')
+    with h5py.File(tmp_path / 'a.h5') as file:
+        assert list(json.loads(file['identity'][()])['patients']) == ['P1', 'P2']
+
+
+def test_makeDataset_cutsTheSameInOtherProcesses(writeCase, tmp_path):
+    """Under a backend of processes, the values set in this one are those that patients are cut with."""
+    config.MODALITIES, config.STRETCH_RANGE = ('flair', 't2', 't1ce'), (-0.5, 0.5)
+    df = listOf(P1=makePatient(writeCase)[-1])
+    preprocess.makeDataset(df, tmp_path / 'threads.h5')
+    with joblib.parallel_config('loky', n_jobs=2):
+        preprocess.makeDataset(df, tmp_path / 'processes.h5')
+    with h5py.File(tmp_path / 'threads.h5') as threads, h5py.File(tmp_path / 'processes.h5') as processes:
+        for name in PATCHES:
+            np.testing.assert_array_equal(threads[name][:], processes[name][:])
+
+
 def test_makeDataset_alwaysReplacesAFileOfALambda(writeCase, tmp_path, capsys):
     """A lambda cannot be compared with an earlier one: the patches are cut anew each time, and a message says so."""
     df, same = listOf(P1=makePatient(writeCase)[-1]), lambda subject: subject
@@ -214,6 +310,7 @@ def test_makeDataset_alwaysReplacesAFileOfALambda(writeCase, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('name', 'value'),
     [('MODALITIES', ('t2', 't1ce', 'flair')), ('SEED', 1), ('BACKGROUND_SHARE', 0.6), ('PATCH_SIZE', 40),
+     ('PLANES', ('coronal',)), ('SLICE_STEP', 2),
      ('PATCH_STRIDE', 16), ('STRETCH_RANGE', (0, 1)), ('STRETCH_PERCENTILES', (1, 99))],
 )  # fmt: skip
 def test_makeDataset_replacesAFileOfOtherSettings(writeCase, tmp_path, capsys, name, value):
@@ -333,7 +430,7 @@ FULL_DISK = """
 import json, resource, sys
 import pandas as pd
 import config, preprocess
-config.PATCH_SIZE, config.PATCH_STRIDE = 32, 24
+vars(config).update(config.DOCUMENT, PATCH_SIZE=32, PATCH_STRIDE=24)
 df, limits = pd.DataFrame([json.loads(sys.argv[1])], ['P1']), resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
 try:

@@ -140,7 +140,6 @@ def test_BRATSDataset_refusesAFileThatDoesNotFit(tmp_path):
         ('PATCH_SIZE', 64, r'config\.PATCH_SIZE is 32, not 64'),
         ('STRETCH_RANGE', (0, 1), r'-1, 1\]\], not .*0\.0, 1\.0\]\]'),
         ('STRETCH_PERCENTILES', (5, 95), r'0\.5, 99\.5\], .* not \[\[5\.0, 95\.0\]'),
-        ('EDITION', 'BraTS2024', "its patients are of BraTS2020, not config.EDITION = 'BraTS2024'"),
     ],
 )
 def test_BRATSDataset_refusesAFileOfOtherSettings(tmp_path, name, value, words):
@@ -149,6 +148,32 @@ def test_BRATSDataset_refusesAFileOfOtherSettings(tmp_path, name, value, words):
     setattr(config, name, value)
     with pytest.raises(ValueError, match=rf'a\.h5 was cut with other settings: .*{words}.*Cut it again'):
         utils.BRATSDataset(file, 12, None)
+
+
+def test_BRATSDataset_refusesAnotherEditionOfTheSameNames(tmp_path):
+    """Patients cut by the labels of 2023 are refused where 2024 is declared; an edition of other names is no matter."""
+    image, label = np.zeros((2, 3, 32, 32), np.float16), np.zeros((2, 32, 32), np.uint8)
+    for patient, edition, isRefused in (('BraTS-GLI-00001-000', 'BraTS2023', True), ('P1', 'BraTS2020', False)):
+        config.EDITION = None
+        file = writePatchFile(tmp_path / f'{patient}.h5', image, label, [patient], editions={edition: []})
+        config.EDITION = 'BraTS2024'
+        if isRefused:
+            with pytest.raises(ValueError, match=r"are of BraTS2023, not config\.EDITION = 'BraTS2024'"):
+                utils.BRATSDataset(file)
+        else:
+            assert len(utils.BRATSDataset(file)) == 2
+
+
+def test_BRATSDataset_refusesAFileThatWasCutAnew(tmp_path):
+    """If the file is replaced under an open dataset, the next handle on it is refused; the old one still reads."""
+    config.CACHE_PATCHES = 0
+    dataset = utils.BRATSDataset(writePatches(tmp_path / 'a.h5'))
+    (tmp_path / 'a.h5').rename(tmp_path / 'old.h5')
+    writePatchFile(tmp_path / 'a.h5', np.zeros((12, 3, 32, 32)), np.zeros((12, 32, 32), np.uint8), ['P7'])
+    assert dataset[3][0][0, 0, 0] == pytest.approx(0.03, abs=1e-4)
+    dataset.file.close()
+    with pytest.raises(ValueError, match=r'a\.h5 was cut anew since this dataset was made'):
+        dataset[3]
 
 
 def test_BRATSDataset_copiesAFileOfAMountedDrive(tmp_path, monkeypatch):
