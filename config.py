@@ -38,6 +38,8 @@ AFFINE_DEGREES = (0, 0, 0, 0, -20, 20)  # within the slice only: other rotations
 ANISOTROPY_AXES = (0, 1)
 ANISOTROPY_DOWNSAMPLING = (1.5, 2.5)
 ELASTIC_DISPLACEMENT = (2, 2, 0)  # pixels at most, at each control point
+CONTRAST_PROBABILITY = 0.8  # that gamma, contrast and brightness of each modality change; 0: never
+CONTRAST = (0.5, 0.25, 0.1)  # at most: of log(gamma), of the factor about 1, and added, as fractions of STRETCH_RANGE
 INTENSITY_PROBABILITY = 0.95  # that one of the two below is applied, with equal odds
 NOISE_STD = 0.1  # at most, on the scale of STRETCH_RANGE
 BIAS_COEFFICIENTS = 0.1  # at most, of the bias field's polynomial
@@ -93,6 +95,7 @@ DOCUMENT = {
     'LOSS': 'focal',
     'SCHEDULE': 'plateau',
     'AVERAGE': 0.0,
+    'CONTRAST_PROBABILITY': 0.0,
 }
 
 # Without BraTS: phantoms, and numbers for two CPU cores. The notebook puts these in place of the above.
@@ -102,7 +105,7 @@ DEMO = {
     'ENCODER_NAME': 'resnet18',
     'DECODER_CHANNELS': (128, 64, 32, 16, 16),
     'BATCHSIZE': 16,
-    'EPOCHS': 6,
+    'EPOCHS': 5,
     'LOADER_WORKERS': 0,  # starting workers takes a fifth of such a small epoch
 }
 DEMO_PATIENTS = 12

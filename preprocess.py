@@ -16,9 +16,17 @@ from atomic import writeAtomically
 from identity import CUT, SEEN, checksums, differences, identify, patientDifferences, readIdentity
 from parallel import attempt, forEachPatient, reportBad, withSegmentation
 from patients import alongMemory, maskFunction, patientOf, readCase, readVolumes
-from transforms import PLANES, makeTransforms, transformCase, transformVolume, volumeTransform, windowStarts
+from transforms import (
+    PLANES,
+    RandomContrast,
+    makeTransforms,
+    transformCase,
+    transformVolume,
+    volumeTransform,
+    windowStarts,
+)
 
-__all__ = ['makeDataset', 'makeTransforms', 'transformCase', 'volumeTransform', 'windowStarts']
+__all__ = ['RandomContrast', 'makeDataset', 'makeTransforms', 'transformCase', 'volumeTransform', 'windowStarts']
 
 UNKNOWN = 'unknown'  # fingerprint of a transform that has none
 FORMAT = 5  # of the patch file; raised when its layout changes, so that older files are replaced

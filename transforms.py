@@ -56,6 +56,44 @@ class StretchHistogram(tio.RescaleIntensity):
         return stretched
 
 
+class RandomContrast(tio.IntensityTransform):
+    """Change the gamma, contrast and brightness of each image by itself, as another scanner or another brain would.
+
+    Values are taken as fractions of a range. A fraction f above 0 becomes (f ** gamma) * contrast + brightness, clipped
+    to 0 and 1; 0, the background, stays 0.
+
+    Args:
+        logGamma: gamma is exp(u), u drawn from -logGamma to logGamma.
+        contrast: the factor is drawn from 1 - contrast to 1 + contrast.
+        brightness: what is added is drawn from -brightness to brightness.
+        limits: lower and upper end of the range.
+        **options: of tio.Transform, such as `p` and `include`.
+    """
+
+    def __init__(self, logGamma, contrast, brightness, limits, **options):
+        super().__init__(**options)
+        self.logGamma, self.contrast, self.brightness, self.limits = logGamma, contrast, brightness, tuple(limits)
+        self.args_names = ['logGamma', 'contrast', 'brightness', 'limits']
+
+    def bounds(self):
+        """Return the lower and upper bounds of u, factor and summand, (2, 3)."""
+        reach = torch.tensor([self.logGamma, self.contrast, self.brightness])
+        return torch.tensor([0.0, 1.0, 0.0]) + torch.stack([-reach, reach])
+
+    def apply_transform(self, subject):
+        low, high = self.bounds()
+        for image in self.get_images(subject):
+            image.set_data(self.adjust(image.data.float(), *(low + (high - low) * torch.rand(3))))
+        return subject
+
+    def adjust(self, values, logGamma, contrast, brightness):
+        """Return changed values; the three numbers are tensors that broadcast with them."""
+        low, high = self.limits
+        fractions = (values - low).div_(high - low).clamp_(0, 1)
+        changed = fractions.pow(logGamma.exp()).mul_(contrast).add_(brightness).clamp_(0, 1)
+        return torch.where(fractions > 0, changed, fractions).mul_(high - low).add_(low)
+
+
 def imageKeys(count=None):
     """Return the names of a subject's images: 'x1', 'x2', ...; as many as `config.MODALITIES` unless told."""
     return [f'x{number}' for number in range(1, (len(config.MODALITIES) if count is None else count) + 1)]
@@ -87,8 +125,9 @@ def makeTransforms():
     Stored patches are stretched and hold classes, so the first two neither stretch nor remap.
 
     Returns:
-        trainTransform: tio.Compose of padding, one spatial and one intensity transform, for `utils.BRATSDataset` (patch
-            by patch on the CPU) or `batched.Batched` (batches on the device).
+        trainTransform: tio.Compose of padding, one spatial transform, a change of contrast (unless
+            `config.CONTRAST_PROBABILITY` is 0) and one intensity transform, for `utils.BRATSDataset` (patch by patch on
+            the CPU) or `batched.Batched` (batches on the device).
         valTransform: tio.Compose that pads to `config.PATCH_SIZE`.
         testTransform: tio.Compose of `volumeTransform()`, for `engine.predict`.
     """
@@ -106,9 +145,11 @@ def makeTransforms():
         tio.RandomNoise(std=(0, config.NOISE_STD), **images): 0.5,
         tio.RandomBiasField(coefficients=config.BIAS_COEFFICIENTS, **images): 0.5,
     }
+    contrast = RandomContrast(*config.CONTRAST, config.STRETCH_RANGE, p=config.CONTRAST_PROBABILITY, **images)
     train = [
         pad,
         tio.OneOf(spatial, p=config.SPATIAL_PROBABILITY, **both),
+        *[contrast] * (config.CONTRAST_PROBABILITY > 0),
         tio.OneOf(intensity, p=config.INTENSITY_PROBABILITY, **both),
     ]
     return tio.Compose(train, **both), tio.Compose([pad], **both), tio.Compose([volumeTransform()], copy=False, **both)

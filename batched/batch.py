@@ -27,10 +27,10 @@ class Batched:
 
     Args:
         transform: RandomFlip, RandomAffine, RandomAnisotropy, RandomElasticDeformation, CropOrPad, RescaleIntensity,
-            `transforms.StretchHistogram`, RandomNoise, RandomBiasField or RemapLabels, or a Compose or OneOf of them,
-            nested in any way. Numbers and ranges are free. Modes have to be torchio's defaults, but for CropOrPad's
-            `padding_mode = 'minimum'`. `axes` are 0 and 1, a `masking_method` is a function that `torch.vmap` can map
-            over images, and each transform covers all images or none.
+            `transforms.StretchHistogram`, RandomNoise, RandomBiasField, `transforms.RandomContrast` or RemapLabels, or
+            a Compose or OneOf of them, nested in any way. Numbers and ranges are free. Modes have to be torchio's
+            defaults, but for CropOrPad's `padding_mode = 'minimum'`. `axes` are 0 and 1, a `masking_method` is a
+            function that `torch.vmap` can map over images, and each transform covers all images or none.
         generator: torch.Generator on the CPU from which each call draws its seed. None: torch's global one, whose state
             is part of a checkpoint.
 

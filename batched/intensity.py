@@ -6,7 +6,7 @@ import torch
 import torchio as tio
 
 from batched.operation import Operation, checkParameters, drawNothing, oneGroup, toDevice, uniform
-from transforms import StretchHistogram
+from transforms import RandomContrast, StretchHistogram
 
 # Rescaling
 
@@ -82,7 +82,7 @@ def _maskedPercentile(image, away, count, percentile):
     return (start + ((end - start) * weight).masked_fill_(weight == 0, 0))[..., None]
 
 
-# Noise and bias field
+# Noise, bias field and contrast
 
 
 def _drawNoise(transform, numSamples, numChannels, generator):
@@ -119,6 +119,16 @@ def _applyBias(transform, image, label, group, values, generator):
     return (rows @ (table @ columns.T)).exp_().mul_(image), None
 
 
+def _drawContrast(transform, numSamples, numChannels, generator):
+    """Draw values (n, C, 3): logarithm of gamma, factor and summand of each image."""
+    low, high = transform.bounds()
+    return oneGroup(numSamples), low + (high - low) * torch.rand(numSamples, numChannels, 3, generator=generator)
+
+
+def _applyContrast(transform, image, label, group, values, generator):
+    return transform.adjust(image, *toDevice(values, image.device)[..., None, None].unbind(2)), None
+
+
 # Labels
 
 
@@ -140,5 +150,6 @@ OPERATIONS = {
     StretchHistogram: Operation(_checkRescale, drawNothing, _applyRescale),
     tio.RandomNoise: Operation(checkParameters, _drawNoise, _applyNoise),
     tio.RandomBiasField: Operation(checkParameters, _drawBias, _applyBias),
+    RandomContrast: Operation(checkParameters, _drawContrast, _applyContrast),
     tio.RemapLabels: Operation(_checkRemap, drawNothing, _applyRemap, onImages=False, onLabels=True),
 }

@@ -26,6 +26,7 @@ import patients
 import phantom
 import pictures
 import preprocess
+import recipe
 import transforms
 import utils
 from atomic import writeAtomically
@@ -49,6 +50,7 @@ def main(numPatients=PATIENTS, shape=phantom.BOX):
         memory: DataFrame as `benchMemory` returns it.
     """
     print(timing.describeMachine(engine.precision(config.DEVICE)))
+    vars(config).update(config.DOCUMENT)  # the baselines cut and predict axial slices
     config.ENCODER_WEIGHTS = None  # their download is not measured
     tables = []
 
@@ -235,7 +237,7 @@ def benchTraining(file, model, numBatches=4):
         def trainOn(part):
             engine.train(model, criterion, optimizer, scaler, part, transform)
 
-        with mock.patch.object(engine, 'precision', lambda device: dtype):
+        with mock.patch.object(recipe, 'precision', lambda device: dtype):
             trainOn([first])  # not timed: starts the workers and copies the memory that they share
             return timing.makeTimed(lambda: trainOn(rest), BATCH * len(rest))()
 

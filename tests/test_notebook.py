@@ -72,7 +72,7 @@ def test_notebook_showsAGif():
 
 def test_notebook_showsTheTransformsThatMakeTransformsReturns():
     """The lists written out in the notebook equal `preprocess.makeTransforms()`, in every parameter."""
-    config.PATCH_SIZE = 128
+    config.PATCH_SIZE, config.CONTRAST_PROBABILITY = 128, 0.8
     [source] = [source for source in sourcesOf(MAIN) if 'trainTransform = ' in source]
     names = {'config': config, 'preprocess': preprocess, 'tio': tio}
     exec(source, names)

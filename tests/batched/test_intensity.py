@@ -61,6 +61,36 @@ def test_noiseAndBias_drawAsTorchio():
     assertSameDistribution(coefficients, [bias.get_params(2, (-0.2, 0.6)) for _ in range(DRAWS)])
 
 
+def test_contrast_changesEachImageByItsOwnNumbers():
+    """Fractions of the range by hand: f ** gamma * factor + summand, clipped; the background stays the lower end."""
+    transform = transforms.RandomContrast(0.5, 0.25, 0.1, (-1, 3), **IMAGES)
+    fractions = torch.tensor([0.0, 0.25, 0.81, 1.0])
+    image = (fractions * 4 - 1).expand(2, 3, 1, 4).clone()
+    values = torch.zeros(2, 3, 3)
+    values[..., 1] = 1  # factor
+    values[0, 1] = torch.tensor([np.log(0.5), 1.2, -0.1])
+    values[1, 2] = torch.tensor([np.log(2), 0.5, 0.2])
+    found = (viaBatched(transform, image, torch.zeros(2, 1, 4, dtype=torch.long), values)[0] + 1) / 4
+    expected = fractions.expand(2, 3, 1, 4).clone()
+    expected[0, 1] = torch.tensor([0.0, 0.5 * 1.2 - 0.1, 0.9 * 1.2 - 0.1, 1.0])
+    expected[1, 2] = torch.tensor([0.0, 0.0625 * 0.5 + 0.2, 0.6561 * 0.5 + 0.2, 0.7])
+    torch.testing.assert_close(found, expected)
+
+
+def test_contrast_drawsAsTorchioDoes():
+    """Sample by sample through torchio, the numbers have the same distribution, drawn anew for every image."""
+    transform = transforms.RandomContrast(0.5, 0.25, 0.1, (0, 1), **IMAGES)
+    values = draw(transform)[1]
+    assert values.shape == (DRAWS, 3, 3) and len(values[..., 0].unique()) > 2.9 * DRAWS
+    low, high = transform.bounds()
+    assert (values >= low).all() and (values <= high).all()
+    ones = {name: torch.full((1, 1, 1, 1), 0.5) for name in IMAGES['include']}
+    torch.manual_seed(0)
+    found = torch.stack([torch.cat([each.flatten() for each in transform(ones).values()]) for _ in range(DRAWS // 3)])
+    gamma, factor, summand = values.unbind(2)
+    assertSameDistribution(0.5 ** gamma.exp() * factor + summand, found.numpy())
+
+
 @pytest.mark.parametrize('mask', [None, patients.maskFunction, lambda image: image > image.mean()])
 @pytest.mark.parametrize('percentiles', [(0.5, 99.5), (0, 100), (25, 75), (0, 3)])
 @pytest.mark.parametrize('kind', [tio.RescaleIntensity, transforms.StretchHistogram])

@@ -11,6 +11,7 @@ import engine
 import metrics
 import phantom
 import preprocess
+import recipe
 import transforms
 import utils
 from benchmarks import baselines
@@ -143,7 +144,7 @@ def test_predictPatchByPatch_sendsEveryCornerWindow():
 def test_predictByMonai_returnsTheClassesOfPredict(smallCases, monkeypatch):
     """MONAI's inferer predicts what predict does, except for background, which predict skips."""
     pytest.importorskip('monai')
-    monkeypatch.setattr(engine, 'precision', lambda device: None)  # bfloat16 is too coarse to compare
+    monkeypatch.setattr(recipe, 'precision', lambda device: None)  # bfloat16 is too coarse to compare
     config.PATCH_STRIDE, config.PREDICT_BATCH, config.DECODER_CHANNELS = 16, 16, (16, 8, 8, 4, 4)
     config.ENCODER_NAME = 'resnet18'
     torch.manual_seed(0)

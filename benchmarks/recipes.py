@@ -1,0 +1,160 @@
+"""Train named recipes on the same patients by folds, and compare the scores of whole patients that they have not seen.
+
+    python -m benchmarks.recipes FOLDER OUTPUT [STEPS [FOLDS]]
+
+A recipe is a dict of `config` values. Each fold of each recipe has a folder of its own below OUTPUT; a stopped run goes
+on where it was, and finished folds are not trained again.
+"""
+
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+
+import batched
+import config
+import engine
+import metrics
+import preprocess
+import utils
+from atomic import writeAtomically
+
+# A small network, so that a processor trains it in minutes
+SMALL = {
+    'ENCODER_NAME': 'resnet18',
+    'ENCODER_WEIGHTS': None,
+    'DECODER_CHANNELS': (128, 64, 32, 16, 16),
+    'BATCHSIZE': 16,
+}
+LOSS = {**config.DOCUMENT, 'LOSS': 'dice+ce', 'SCHEDULE': 'poly'}
+AVERAGE = {**LOSS, 'AVERAGE': 0.05}
+BACKGROUND = {**AVERAGE, 'BACKGROUND_SHARE': 0.1}
+RECIPES = {
+    'document': config.DOCUMENT,
+    'Dice + cross-entropy, decay': LOSS,
+    '+ average of the weights': AVERAGE,
+    '+ background patches': BACKGROUND,
+    '+ three planes (default)': {},
+}
+PARTS = 4  # times that a training is scored; the last time at its end
+REGIONS = ['WT', 'TC', 'ET']
+
+
+def main(folder, output, numSteps=1500, folds=4, recipes=None):
+    """Train and score recipes, print their table, and write `recipes.csv` and `recipes.png`.
+
+    Args:
+        folder: patients with segmentations.
+        output: folder for runs and results.
+        numSteps: batches of each training.
+        folds: number of folds; fold i tests every `folds`-th patient by name, from the i-th on.
+        recipes: dict of name to `config` values; default `RECIPES`.
+
+    Returns:
+        DataFrame with a row for each recipe, fold, step, patient and region: `dice`, `hd95` (mm), and `seconds` of
+        training up to the step.
+    """
+    df = utils.makeFileList(folder)
+    rows = []
+    for name, values in (RECIPES if recipes is None else recipes).items():
+        for fold in range(folds):
+            isTested = [number % folds == fold for number in range(len(df))]
+            with _configured({**SMALL, **values, 'OUTPUT_FOLDER': str(Path(output) / name / str(fold))}):
+                table = _runFold(df[[not tested for tested in isTested]], df[isTested], numSteps)
+            rows.append(table.assign(recipe=name, fold=fold))
+        print(summarize(pd.concat(rows)).loc[[name]].to_string())
+    table = pd.concat(rows, ignore_index=True)
+    with writeAtomically(Path(output) / 'recipes.csv') as part:
+        table.to_csv(part, index=False)
+    plotRecipes(table).savefig(Path(output) / 'recipes.png')
+    return table
+
+
+@contextmanager
+def _configured(values):
+    """Set values of `config`, and restore all at the end."""
+    before = dict(vars(config))
+    vars(config).update(values)
+    try:
+        yield
+    finally:
+        vars(config).clear()
+        vars(config).update(before)
+
+
+def _runFold(traindf, testdf, numSteps):
+    """Train on some patients and return the scores of others, at the end of each part of the training."""
+    file = Path(config.OUTPUT_FOLDER) / 'scores.csv'
+    table = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=['step'])
+    config.EPOCHS, numBatches = PARTS, numSteps // PARTS
+    if PARTS * numBatches in table['step'].tolist():
+        return table
+    numTrain = preprocess.makeDataset(traindf, config.TRAIN_FILE)
+    dataset = utils.BRATSDataset(config.TRAIN_FILE, numTrain, raw=True)
+    sampler = torch.utils.data.RandomSampler(dataset, num_samples=numBatches * config.BATCHSIZE)
+    loader = torch.utils.data.DataLoader(dataset, config.BATCHSIZE, sampler=sampler)
+    augment = batched.Batched(preprocess.makeTransforms()[0])
+    torch.manual_seed(config.SEED)
+    model, criterion = engine.makeModel(), engine.makeCriterion()
+    optimizer = torch.optim.Adam(model.parameters(), config.LEARN_RATE, weight_decay=config.WEIGHT_DECAY)
+    scheduler, average = engine.makeScheduler(optimizer, numSteps), engine.makeAverage(model, numSteps)
+    scaler = torch.amp.GradScaler(config.DEVICE, enabled=engine.precision(config.DEVICE) is torch.float16)
+    run = (model, optimizer, scheduler, scaler)
+    *_, start, loss, _, best = utils.loadCheckpoint(*run, config.LAST_CHECKPOINT, average)
+    for epoch in range(start, PARTS):
+        begin = time.monotonic()
+        loss = engine.train(model, criterion, optimizer, scaler, loader, augment, scheduler, average)
+        # a stopped run may have scored what it did not save
+        table = table[table['step'] <= epoch * numBatches]
+        seconds = time.monotonic() - begin + (table['seconds'].max() if len(table) else 0)
+        loss /= numBatches * config.BATCHSIZE
+        if config.SCHEDULE == 'plateau':
+            scheduler.step(loss)
+        scores = _score(testdf, model if average is None else average)
+        scores = scores.assign(step=(epoch + 1) * numBatches, seconds=seconds)
+        table = pd.concat([table, scores], ignore_index=True) if len(table) else scores
+        with writeAtomically(file) as part:
+            table.to_csv(part, index=False)
+        best = utils.makeCheckpoint(epoch, *run, loss, loss, best, average)
+    dataset.file.close()
+    return table
+
+
+def _score(testdf, model):
+    """Return Dice and HD95 of the regions of whole patients."""
+    scores = {}
+    for patient, (_, y, yhat) in engine.predictAll(testdf, model, patchStride=config.PATCH_STRIDE):
+        scores[patient] = metrics.scorePatient(y, yhat).loc[REGIONS, ['dice', 'hd95']]
+    return metrics.scoreTable(scores)
+
+
+def summarize(table):
+    """Return the mean Dice and HD95 of each region at the last step, and the seconds of training, by recipe."""
+    last = table[table['step'] == table.groupby('recipe')['step'].transform('max')]
+    means = last.pivot_table(index='recipe', columns='region', values=['dice', 'hd95'], sort=False).round(3)
+    means.columns = [f'{score} {region}' for score, region in means.columns]
+    seconds = last.groupby('recipe', sort=False)['seconds'].mean().round()
+    return means.assign(patients=last.groupby('recipe')['patient'].nunique(), seconds=seconds)
+
+
+def plotRecipes(table):
+    """Return a figure of the mean Dice of WT, TC and ET against steps and against seconds of training, by recipe."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout='constrained')
+    means = table.groupby(['recipe', 'step'], sort=False)[['dice', 'seconds']].mean().reset_index()
+    for name, part in means.groupby('recipe', sort=False):
+        for panel, column in zip(panels, ('step', 'seconds'), strict=True):
+            panel.plot(part[column], part['dice'], marker='o', label=name)
+    for panel, label in zip(panels, ('steps', 'seconds of training'), strict=True):
+        panel.set(xlabel=label, xlim=(0, None))
+        panel.grid(color='#E5E5E5')
+    panels[0].set_ylabel(f'mean Dice of WT, TC, ET; {table["patient"].nunique()} patients by folds')
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:3], *map(int, sys.argv[3:5]))
