@@ -197,8 +197,8 @@ def benchPreprocessing(df, folder):
 def benchReading(file, numBatches=32):
     """Measure reading shuffled batches of patches, collated as in a loader, from memory and from the file."""
     datasets = {}
-    for name, gigabytes in (('from memory', math.inf), ('from the file', 0)):
-        with mock.patch.object(config, 'CACHE_PATCHES', gigabytes):
+    for name, fraction in (('from memory', math.inf), ('from the file', 0)):
+        with mock.patch.object(config, 'CACHE_PATCHES', fraction):
             datasets[name] = utils.BRATSDataset(file, raw=True)
     generator = torch.Generator().manual_seed(config.SEED)
     order = torch.randperm(len(datasets['from memory']), generator=generator)[: numBatches * BATCH]

@@ -84,6 +84,22 @@ def test_plotCurves_marksTheDropsOfTheLearningRate():
     assert [text.get_text() for text in panel.texts] == ['rate 0.0005']
 
 
+def test_plotCurves_marksNoDropsOfASteadyDecay():
+    """A rate that falls in every epoch is no event: no line is drawn."""
+    history = pd.DataFrame({'epoch': range(1, 5), 'trainLoss': 1, 'valLoss': 1, 'learnRate': [1e-3, 8e-4, 5e-4, 1e-4]})
+    assert len(pictures.plotCurves(history).axes[0].texts) == 0
+
+
+def test_plotCurves_showsTheDiceOfTheRegions():
+    """With the Dice in the history, a second panel has a line for each region, from 0 to 1."""
+    history = pd.DataFrame(
+        {'epoch': [1, 2], 'trainLoss': 1.0, 'valLoss': 1.0, 'diceWT': [0.2, 0.8], 'diceET': [0.1, 0.5]}
+    )
+    _, panel = pictures.plotCurves(history).axes
+    assert [list(line.get_ydata()) for line in panel.lines] == [[0.2, 0.8], [0.1, 0.5]]
+    assert legendTexts(panel) == ['WT', 'ET'] and panel.get_ylim() == (0, 1.02)
+
+
 @pytest.mark.parametrize('count', [1, 3, 30])
 def test_plotCurves_countsEpochsFromOne(count):
     """All ticks of the axis are epochs of the history: none at 0 or after the last epoch."""

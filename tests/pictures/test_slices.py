@@ -149,6 +149,41 @@ def test_plotModalities_refusesAnotherShape(tmp_path):
         pictures.plotModalities(writeModalities(tmp_path, **volumes | {'t1': volumes['t1'][..., :5]}))
 
 
+def test_plotPlanes_showsTheFullestSliceOfEachPlane(tmp_path):
+    """Slices of (W, H), (W, D) and (H, D) with most tumor; front, top and the patient's right are told."""
+    config.PLANES = ('axial', 'coronal', 'sagittal')
+    label = np.zeros((12, 16, 6))
+    label[5:8, 6, 2:5] = 4
+    label[5, 6:8, 3] = 1
+    paths = writePatient(tmp_path, label)
+    flair = np.asarray(nib.load(paths['flair']).dataobj)
+    figure = pictures.plotPlanes(paths)
+    titles = ['axial, slice 3 of 6', 'coronal, slice 6 of 16', 'sagittal, slice 5 of 12']
+    assert [panel.get_title() for panel in figure.axes] == titles
+    for panel, values, classes in zip(
+        figure.axes,
+        (flair[:, :, 3], flair[:, 6], flair[5]),
+        (label[:, :, 3], label[:, 6], label[5]),
+        strict=True,
+    ):
+        shown, drawn = (image.get_array() for image in panel.images)
+        assert shown.sum() == values.sum() and drawn.count() == np.count_nonzero(classes)
+    sides = [[text.get_text() for text in panel.texts] for panel in figure.axes]
+    assert sides == [['front', 'R'], ['top', 'R'], ['top', 'front']]
+
+
+def test_figures_drawABrainOfOneVoxel(tmp_path):
+    """A brain and a tumor of a single voxel are drawn like others."""
+    config.PLANES = ('axial', 'coronal', 'sagittal')
+    label = np.zeros((12, 16, 6))
+    label[5, 6, 3] = 4
+    paths = writePatient(tmp_path, label)
+    for name in ('t1ce', 't2', 'flair'):
+        nib.save(nib.Nifti1Image((label > 0) * np.int16(7), np.eye(4)), paths[name])
+    for plot in (pictures.plotSample, pictures.plotModalities, pictures.plotPlanes):
+        plot(paths).canvas.draw()
+
+
 def test_plotModalities_readsDecathlon(tmp_path):
     """The modalities of a 4-D file are read by their index: flair, t1, t1ce, t2."""
     volumes = makeModalities()
