@@ -18,7 +18,7 @@ from patients import maskFunction, patientOf, readCase
 from recipe import autocast, availableWeights, makeAverage, makeCriterion, makeModel, makeScheduler, precision
 from trained import bare, follow, identityOf, noteTraining, noteValidation, trainedPatients, warnOfTrained
 from transforms import PLANES, transformVolume, withChannels
-from windows import askModel, planWindows, predictSlices
+from windows import planWindows, predictPatches, predictSlices
 
 __all__ = [
     'availableWeights',
@@ -306,14 +306,14 @@ def _predictPlanes(x, isBrain, box, model, way, patchStride, device, mirror):
     x, multiple = x.to(device), _multipleOf(model)
     sides = [part.stop - part.start for part in box]
     total = torch.zeros(sides[0], config.NO_CLASSES, *sides[1:], device=device)
-    ask = partial(askModel, model, mirror=mirror, activation=way.activation)
+    predictBatch = partial(predictPatches, model, mirror=mirror, activation=way.activation)
     with _evaluationMode(model, device):
         for plane in way.planes:
             order = PLANES[plane]
             (first, *inPlane), view = [box[axis] for axis in order], total.permute(withChannels(order))
             image, mask = x.permute(withChannels(order)), isBrain.permute(order)
             area, starts, size = planWindows(mask, patchStride, way.patchSize, multiple)
-            for slices, values in predictSlices(image[:, :, *area], mask[:, *area], starts, size, ask):
+            for slices, values in predictSlices(image[:, :, *area], mask[:, *area], starts, size, predictBatch):
                 values = values if patchStride is None else values[:, :, *inPlane]
                 view[[number - first.start for number in slices]] += values
     total[:, :1] += len(way.planes) - total.sum(1, keepdim=True)  # what no window covers is background

@@ -28,7 +28,7 @@ def planWindows(isBrain, patchStride, patchSize, multiple):
     return box, [(0, 0)], tuple(math.ceil((part.stop - part.start) / multiple) * multiple for part in box)
 
 
-def predictSlices(x, isBrain, starts, size, ask):
+def predictSlices(x, isBrain, starts, size, predictBatch):
     """Yield the numbers (S,) and probabilities (S, K, H, W) of a few slices at a time, for all slices with brain.
 
     Slices are grouped until their windows with brain fill a batch, so memory does not grow with the patient.
@@ -38,7 +38,7 @@ def predictSlices(x, isBrain, starts, size, ask):
         isBrain: bool (D, H, W), on the CPU.
         starts: (row, column) of each window.
         size: height and width of a window.
-        ask: takes patches (B, C, height, width) and returns their probabilities (B, K, height, width).
+        predictBatch: takes patches (B, C, height, width) and returns their probabilities (B, K, height, width).
     """
     (height, width), lowest = size, x.amin((0, 2, 3))
     batchSize = max(1, config.PREDICT_BATCH * config.PATCH_SIZE**2 // (height * width))
@@ -48,13 +48,13 @@ def predictSlices(x, isBrain, starts, size, ask):
             (number, row, column) for row, column in starts if mask[row : row + height, column : column + width].any()
         ]
         if group and windows and len(group) + len(windows) > batchSize:
-            yield _averageWindows(x, group, lowest, size, batchSize, ask)
+            yield _averageWindows(x, group, lowest, size, batchSize, predictBatch)
             group = []
         group += windows
-    yield _averageWindows(x, group, lowest, size, batchSize, ask)
+    yield _averageWindows(x, group, lowest, size, batchSize, predictBatch)
 
 
-def _averageWindows(x, windows, lowest, size, batchSize, ask):
+def _averageWindows(x, windows, lowest, size, batchSize, predictBatch):
     """Return the slices of some windows and their probabilities, a weighted mean where windows overlap."""
     (height, width), shape, device = size, x.shape[2:], x.device
     slices = sorted({number for number, _, _ in windows})
@@ -71,7 +71,7 @@ def _averageWindows(x, windows, lowest, size, batchSize, ask):
             for number, row, column in windows[first : first + batchSize]
         ]
         patches = torch.stack([image[number, :, rows, columns] for number, rows, columns in places])
-        for (number, rows, columns), values in zip(places, ask(patches), strict=True):
+        for (number, rows, columns), values in zip(places, predictBatch(patches), strict=True):
             total[number, :, rows, columns] += weight * values
             weights[number, :, rows, columns] += weight
     total /= weights.clamp_min(torch.finfo(torch.float32).tiny)
@@ -92,7 +92,7 @@ def _gaussian(height, width):
     return torch.outer(*sides).clamp_min(1e-3)
 
 
-def askModel(model, patches, mirror, activation):
+def predictPatches(model, patches, mirror, activation):
     """Return probabilities float32 (B, K, H, W) of patches (B, C, H, W).
 
     Args:
