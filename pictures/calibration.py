@@ -20,9 +20,9 @@ def countCalibration(probability, y, bins=10):
 
     Returns:
         float64 (3, 3 tumor classes, bins + 1): the number of voxels, the sum of their probabilities, and how many of
-        them have the class in truth. The first columns count the voxels that are tumor in truth, or that the model may
-        take for tumor: a tumor class has a probability beyond the first bin. The last column counts all others. So
-        every voxel beyond the first bin is counted, whatever the truth, and the first bin is not flooded by background.
+        them have the class in truth. The first columns count, for each class, the voxels that have it in truth, or a
+        probability of it beyond the first bin. The last column counts all others. So every voxel beyond the first bin
+        is counted, whatever the truth, and the first bin is not flooded by what is far from the class.
 
     Raises:
         ValueError: the shapes or classes are not as above, or the values are not probabilities.
@@ -36,10 +36,9 @@ def countCalibration(probability, y, bins=10):
             raise ValueError(
                 'The values are not probabilities: 0 or more, with a sum of 1 over the classes of a voxel.'
             )
-        isLeftOut = (image[1:] < 1 / bins).all(0) & (classes == 0)
         for number, (values, own) in enumerate(zip(image[1:], counts.transpose(1, 0, 2), strict=True), 1):
             places = np.minimum((values.astype(float) * bins).astype(int), bins - 1)
-            places[isLeftOut] = bins
+            places[(places == 0) & (classes != number)] = bins
             own[0] += np.bincount(places.ravel(), minlength=bins + 1)
             own[1] += np.bincount(places.ravel(), values.ravel(), minlength=bins + 1)
             own[2] += np.bincount(places[classes == number], minlength=bins + 1)
@@ -49,8 +48,8 @@ def countCalibration(probability, y, bins=10):
 def plotCalibration(counts):
     """Draw the calibration curves: how often a class is there against the probability that the model predicts.
 
-    Voxels that are background in truth and for the model are left out, see `countCalibration`: they are most of the
-    volume and would make any model look calibrated. A line below the figure says how many they are.
+    Voxels far from a class in truth and for the model are left out, see `countCalibration`: they are most of the volume
+    and would make any model look calibrated. A line below the figure says how many they are.
 
     Args:
         counts: sum of `countCalibration` over patients, or a list of its results, which are summed.
@@ -69,8 +68,8 @@ def plotCalibration(counts):
     counts = stack.sum(0) if stack.ndim == 4 else stack
     if counts.ndim != 3 or counts.shape[:2] != (3, config.NO_CLASSES - 1) or not counts[0, :, :-1].any():
         raise ValueError(
-            f'The counts have the shape {stack.shape}; (3, 3, bins + 1) were expected, with a voxel of tumor in '
-            'truth or prediction.'
+            f'The counts have the shape {stack.shape}; (3, 3, bins + 1) were expected, with a voxel of a '
+            'class in truth or prediction.'
         )
     figure = newFigure(5.6, 6)
     panel, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
@@ -98,16 +97,18 @@ def _drawCalibration(panel, below, counts):
     for number, (color, marker) in enumerate(zip(config.CLASS_COLORS[1:], 'os^', strict=True)):
         isFilled = voxels[number] > 0
         predicted, observed = (values[number, isFilled] / voxels[number, isFilled] for values in (sums, hits))
-        error = (voxels[number, isFilled] * np.abs(observed - predicted)).sum() / voxels[number].sum()
+        error = (voxels[number, isFilled] * np.abs(observed - predicted)).sum() / max(voxels[number].sum(), 1)
+        text = f'ECE {error:.3f}' if isFilled.any() else 'no voxels'
         style = {'color': color, 'marker': marker, 'markeredgecolor': '#555555', 'markersize': 6, 'linewidth': 1.6}
         style['path_effects'] = [withStroke(linewidth=2.6, foreground='#555555')]  # yellow on white needs an outline
-        panel.plot(predicted, observed, label=f'{config.CLASS_NAMES[number + 1]}, ECE {error:.3f}', **style)
+        panel.plot(predicted, observed, label=f'{config.CLASS_NAMES[number + 1]}, {text}', **style)
         places = (np.arange(bins) + 0.5 + 0.27 * (number - 1)) / bins
         below.bar(places, voxels[number], 0.25 / bins, color=color, edgecolor='#555555', linewidth=0.5)
 
 
 def _describeLeftOut(counts):
     """Return in words which voxels are left out, and how many."""
-    voxels = counts[0, 0]
-    kept = f'tumor in truth, or probability of a tumor class at least {1 / (len(voxels) - 1):.2g}'
-    return f'voxels: {kept}\n(the others, {voxels[-1] / voxels.sum():.2%} of all, are left out)'
+    voxels = counts[0]  # (classes, bins + 1)
+    fraction = (voxels[:, -1] / voxels.sum(1)).min()
+    kept = f'the class in truth, or its probability at least {1 / (voxels.shape[1] - 1):.2g}'
+    return f'counted: {kept}\n(the others, at least {fraction:.2%} of all voxels, are left out)'

@@ -27,17 +27,18 @@ def makeCalibration(predicted, observed, count=1000):
 
 
 def test_countCalibration_countsByHand():
-    """Six voxels by hand: 0.05 and 0 of the background are left out, 0.1 lies in bin 1, 1 in the last bin."""
+    """Six voxels by hand: below 0.1 only those of the class are counted; 0.1 lies in bin 1, 1 in the last bin."""
     values = np.array([0.05, 0.1, 0.1, 1.0, 0.0, 0.0])  # of class 3
     probability = np.zeros((1, 4, 2, 3))
     probability[0, 3] = values.reshape(2, 3)
     probability[0, 0] = 1 - probability[0, 3]
     counts = pictures.countCalibration(probability, np.array([[[0, 3, 0], [3, 0, 2]]]))
     assert counts.shape == (3, 3, 11)
-    assert counts[0, 2].tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0, 1, 2]
+    assert counts[0, 2].tolist() == [0, 2, 0, 0, 0, 0, 0, 0, 0, 1, 3]
     assert np.allclose(counts[1, 2], [0, 0.2, 0, 0, 0, 0, 0, 0, 0, 1, 0.05])
     assert counts[2, 2].tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0]
-    assert counts[0, 0].tolist() == [4] + [0] * 9 + [2]
+    assert counts[0, 0].tolist() == [0] * 10 + [6]
+    assert counts[0, 1].tolist() == [1] + [0] * 9 + [5]
     assert counts[2, 1].tolist() == [1] + [0] * 10  # edema with a probability of 0 is missed, not left out
 
 
@@ -92,8 +93,9 @@ def test_plotCalibration_isNotFloodedByBackground():
         y = np.concatenate([y, np.zeros((1, 1, numBackground), int)], axis=2)
         panel, below = pictures.plotCalibration(pictures.countCalibration(probability, y)).axes
         assert legendTexts(panel)[3] == 'enhancing tumor, ECE 0.650'
-    assert 'tumor in truth, or probability of a tumor class at least 0.1\n' in below.get_xlabel()
-    assert 'the others, 99.90% of all, are left out' in below.get_xlabel()
+    assert 'the class in truth, or its probability at least 0.1\n' in below.get_xlabel()
+    assert 'the others, at least 99.90% of all voxels, are left out' in below.get_xlabel()
+    assert legendTexts(panel)[1] == 'necrotic core, no voxels'
 
 
 def test_plotCalibration_showsMissedTumor():
