@@ -109,7 +109,7 @@ def makeCheckpoint(
         float, the best validation loss so far.
 
     Raises:
-        ValueError: the epoch is not the next one of the last checkpoint, which then stays as it is.
+        ValueError: the last checkpoint has the epoch already, or is of another run; it then stays as it is.
     """
     history = _checkIsNext(epoch, model)
     trainLoss, valLoss = float(trainLoss), float(valLoss)
@@ -157,7 +157,8 @@ def _checkIsNext(epoch, model=None):
         checkpoint = _readCheckpoint(config.LAST_CHECKPOINT, mmap=True)  # the weights stay on the disk
     except ValueError:  # damaged, or on a disk without memory mapping
         checkpoint = _readCheckpoint(config.LAST_CHECKPOINT)
-    if checkpoint['nextEpoch'] != epoch:
+    # a script may save every few epochs, but never one that the file has
+    if checkpoint['nextEpoch'] > epoch or (model is None and checkpoint['nextEpoch'] != epoch):
         raise ValueError(
             f'{config.LAST_CHECKPOINT} goes on with epoch {checkpoint["nextEpoch"] + 1}, not {epoch + 1}: it is not '
             'written over. Resume with loadCheckpoint in the same cell as the loop; for a new run, set another '
@@ -229,12 +230,7 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
             been used already.
     """
     if not Path(path).is_file():
-        if optimizer is not None and optimizer.state:
-            raise ValueError(
-                f'No checkpoint at {path}, but the model has been trained already, and a run would start from its '
-                'weights. Run the cell that makes the model again.'
-            )
-        print(f'No checkpoint at {path}: {"starting from epoch 1" if optimizer else "the weights stay as they are"}.')
+        _tellFreshStart(path, optimizer)
         return model, optimizer, scheduler, scaler, 0, float('inf'), float('inf'), float('inf')
     checkpoint = _readCheckpoint(path)
     _checkSettings(path, checkpoint['settings'], _settings(model))
@@ -251,18 +247,28 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
             )
         if average is not None:
             average.load_state_dict(checkpoint['average'])
+        _checkSteps(path, checkpoint['scheduler'], scheduler)
         _tellOtherLength(checkpoint)
     bare(model).load_state_dict(weights)
     bare(model).identity = checkpoint['identity'] if optimizer is not None else asEarlier(checkpoint['identity'])
     if optimizer is not None:
         _restoreRandomStates(checkpoint['random'])
         optimizer.load_state_dict(checkpoint['optimizer'])
+    if average is not None:
+        bare(average).identity = identityOf(model)
     if scheduler is not None and checkpoint['scheduler'] is not None:
         scheduler.load_state_dict(checkpoint['scheduler'])
     if scaler is not None and scaler.is_enabled() and checkpoint['scaler']:  # the state of a disabled one is empty
         scaler.load_state_dict(checkpoint['scaler'])
     losses = (checkpoint[name] for name in ('trainLoss', 'valLoss', 'bestValLoss'))
     return model, optimizer, scheduler, scaler, checkpoint['nextEpoch'], *losses
+
+
+def _tellFreshStart(path, optimizer):
+    """Print that there is no checkpoint; raise a ValueError if the model is not fresh."""
+    if optimizer is not None and optimizer.state:
+        raise ValueError(f'No checkpoint at {path}, but the model has been trained already: make the model again.')
+    print(f'No checkpoint at {path}: {"starting from epoch 1" if optimizer else "the weights stay as they are"}.')
 
 
 def _bestWeights(checkpoint):
@@ -272,6 +278,16 @@ def _bestWeights(checkpoint):
     prefix = 'module.'
     found = checkpoint['average'].items()
     return {name.removeprefix(prefix): value for name, value in found if name.startswith(prefix)}
+
+
+def _checkSteps(path, state, scheduler):
+    """Raise a ValueError if a schedule that counts batches is resumed with other ones."""
+    found, expected = (state or {}).get('stepsPerEpoch'), getattr(scheduler, 'stepsPerEpoch', None)
+    if None not in (found, expected) and found != expected:
+        raise ValueError(
+            f'{path} belongs to a run with {found:g} batches an epoch, this one has {expected:g}: its learning rate '
+            'would decay wrongly. Set config.BATCHSIZE and the patches as they were.'
+        )
 
 
 def _tellOtherLength(checkpoint):
@@ -332,7 +348,8 @@ def _checkFiles(path, identity):
         _checkPatients(path, identity, {**train, 'patients': used}, f'config.TRAIN_FILE, {config.TRAIN_FILE}')
     if identity and identity['validated'] and val:
         validated = {**val, 'patients': identity['validated']}
-        _checkPatients(path, validated, val, f'config.VAL_FILE, {config.VAL_FILE}')
+        used = {patient: content for patient, content in val['patients'].items() if patient in identity['validated']}
+        _checkPatients(path, validated, {**val, 'patients': used}, f'config.VAL_FILE, {config.VAL_FILE}')
 
 
 def _readIdentity(file):

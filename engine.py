@@ -1,6 +1,7 @@
 """Train a model, validate it and predict with it."""
 
 import gc
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -74,6 +75,8 @@ def train(model, criterion, optimizer, scaler, loader, transform=None, scheduler
     device, isStepped = _deviceOf(model), not isinstance(scheduler, (NoneType, ReduceLROnPlateau))
     if average is not None:
         bare(average).identity = identityOf(model)
+        average.to(memory_format=torch.channels_last)
+        average.n_averaged = average.n_averaged.cpu()  # a prediction may have moved it
 
     def step(image, label):
         optimizer.zero_grad(set_to_none=True)
@@ -87,11 +90,13 @@ def train(model, criterion, optimizer, scaler, loader, transform=None, scheduler
         if isStepped:
             scheduler.step()
         if average is not None:
-            average.update_parameters(model)
+            average.update_parameters(bare(model))
         return loss.detach()
 
     rate = ', '.join(f'{group["lr"]:.2e}' for group in optimizer.param_groups)
-    return _runEpoch('train', step, loader, device, transform, f' at learning rate {rate}')
+    with warnings.catch_warnings():  # torch warns if the scaler skips the very first step
+        warnings.filterwarnings('ignore', 'Detected call of .lr_scheduler.step')
+        return _runEpoch('train', step, loader, device, transform, f' at learning rate {rate}')
 
 
 def validate(model, criterion, loader, dice=False):

@@ -6,6 +6,7 @@ import segmentation_models_pytorch as smp
 import torch
 
 import config
+from trained import bare
 
 
 def precision(device):
@@ -134,7 +135,9 @@ def makeScheduler(optimizer, numSteps):
         rest = max(0.0, 1 - step / numSteps)
         return min(1.0, (step + 1) / (warmup + 1)) * rest**power
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    scheduler.stepsPerEpoch = numSteps / config.EPOCHS  # in its state, so that a run is not resumed with other batches
+    return scheduler
 
 
 def makeAverage(model, numSteps):
@@ -155,8 +158,10 @@ def makeAverage(model, numSteps):
         return None
     decay = 1 - 1 / max(1.0, config.AVERAGE * numSteps)
 
-    def update(averaged, current, numAveraged):
-        early = min(decay, (1 + int(numAveraged)) / (10 + int(numAveraged)))
-        torch.optim.swa_utils.get_ema_multi_avg_fn(early)(averaged, current, numAveraged)
+    def update(averaged, current, onDevice):
+        count = int(average.n_averaged)  # on the host: to read the other one, the host would wait for the GPU
+        early = min(decay, (1 + count) / (10 + count))
+        torch.optim.swa_utils.get_ema_multi_avg_fn(early)(averaged, current, onDevice)
 
-    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    average = torch.optim.swa_utils.AveragedModel(bare(model), multi_avg_fn=update, use_buffers=True)
+    return average

@@ -33,12 +33,14 @@ SMALL = {
 LOSS = {**config.DOCUMENT, 'LOSS': 'dice+ce', 'SCHEDULE': 'poly'}
 AVERAGE = {**LOSS, 'AVERAGE': 0.05}
 BACKGROUND = {**AVERAGE, 'BACKGROUND_SHARE': 0.1}
+PLANES = {**BACKGROUND, 'PLANES': config.PLANES, 'SLICE_STEP': config.SLICE_STEP}
 RECIPES = {
     'document': config.DOCUMENT,
     'Dice + cross-entropy, decay': LOSS,
     '+ average of the weights': AVERAGE,
     '+ background patches': BACKGROUND,
-    '+ three planes (default)': {},
+    '+ three planes': PLANES,
+    '+ change of contrast (default)': {},
 }
 PARTS = 4  # times that a training is scored; the last time at its end
 REGIONS = ['WT', 'TC', 'ET']

@@ -144,8 +144,8 @@ def test_makeCheckpoint_holdsOnlyPlainValues():
     assert content['history'] == [{'epoch': 1, 'trainLoss': 2.0, 'valLoss': 1.0, 'learnRate': 0.01}]
 
 
-@pytest.mark.parametrize('epoch', [0, 1, 3])
-def test_makeCheckpoint_refusesAnEpochThatIsNotTheNext(epoch):
+@pytest.mark.parametrize('epoch', [0, 1])
+def test_makeCheckpoint_refusesAnEpochThatTheFileHas(epoch):
     """The loop run again in a notebook does not write over what was trained: checkpoint and history stay."""
     write([2.0, 1.0])
     files = [Path(config.LAST_CHECKPOINT), Path(config.BEST_CHECKPOINT), Path(config.OUTPUT_FOLDER, 'history.csv')]
@@ -153,6 +153,13 @@ def test_makeCheckpoint_refusesAnEpochThatIsNotTheNext(epoch):
     with pytest.raises(ValueError, match=rf'goes on with epoch 3, not {epoch + 1}.* Resume with loadCheckpoint'):
         checkpoints.makeCheckpoint(epoch, *makeRun(), 1, 0.5, 1.0)
     assert [file.read_bytes() for file in files] == before
+
+
+def test_makeCheckpoint_mayBeCalledEveryFewEpochs():
+    """A script that saves every fourth epoch runs, and resumes after the last that it saved."""
+    for epoch in (3, 7):
+        checkpoints.makeCheckpoint(epoch, *makeRun(), 1, 1.0, 1.0)
+    assert checkpoints.loadCheckpoint(*makeRun(), config.LAST_CHECKPOINT)[4] == 8
 
 
 def test_makeCheckpoint_writesTheRateOfTheEpoch():
@@ -282,6 +289,15 @@ def test_loadCheckpoint_predictsWithTheAverage(tmp_path):
         assert torch.equal(value, weights[f'module.{name}'])
     with pytest.raises(ValueError, match='was made with a moving average'):
         checkpoints.loadCheckpoint(model, optimizer, None, scaler, config.LAST_CHECKPOINT)
+
+
+def test_loadCheckpoint_refusesOtherBatches(tmp_path):
+    """With half the batches an epoch, a schedule that counts them would be at its end too early: it is refused."""
+    runAveraged(tmp_path, 2)
+    model, optimizer, _, scaler = makeRun()
+    scheduler, average = engine.makeScheduler(optimizer, 8), engine.makeAverage(model, 8)
+    with pytest.raises(ValueError, match='a run with 4 batches an epoch, this one has 2'):
+        checkpoints.loadCheckpoint(model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT, average)
 
 
 def test_loadCheckpoint_tellsAnotherNumberOfEpochs(tmp_path, capsys):
