@@ -219,7 +219,8 @@ def _drawMembers(panel, classes, members):
 def plotTransforms(image, label, transforms):
     """Draw one patch under several transforms: a column for each transform, a row for each modality.
 
-    Random parameters are drawn with `config.SEED`. The random state of the run is restored.
+    Random parameters are drawn with `config.SEED`. The random state of the run is restored. The patch may be of any
+    plane, so no side is marked.
 
     Args:
         image: float (C, H, W), a patch of `utils.BRATSDataset`.
@@ -248,7 +249,6 @@ def plotTransforms(image, label, transforms):
                 _outlineClasses(panel, classes.numpy())
     for panel, name in zip(panels[:, 0], channelNames(len(image)), strict=True):
         panel.set_ylabel(name)
-    markSides(panels[0, 0])
     lines = [Line2D([], [], color=color) for color in config.CLASS_COLORS[1:]]
     figure.legend(lines, config.CLASS_NAMES[1:], ncols=len(lines), **BELOW)
     return figure
