@@ -25,7 +25,7 @@ def lower(subject):
 
 def test_fingerprint_isTheSameInEveryProcess():
     """Equal transforms have one fingerprint, in another process too: no address of memory is in it."""
-    config.PATCH_SIZE = 128  # as in config.py, which the other process reads
+    config.PATCH_SIZE, config.CONTRAST_PROBABILITY = 128, 0.8  # as in config.py, which the other process reads
     expected, again = ([fingerprint.fingerprint(one) for one in transforms.makeTransforms()] for _ in range(2))
     code = 'import json, fingerprint, transforms;'
     code += 'print(json.dumps([*map(fingerprint.fingerprint, transforms.makeTransforms())]))'
