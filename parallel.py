@@ -42,7 +42,8 @@ def forEachPatient(function, df, description):
         description: text of the progress bar.
     """
     rows = [paths for _, paths in df.iterrows()]
-    work = functools.partial(_work, function, os.getpid(), {name: config.__dict__[name] for name in _assigned()})
+    values = {name: value for name, value in vars(config).items() if name.isupper()}
+    work = functools.partial(_work, function, os.getpid(), values)
     block = _AHEAD * effective_n_jobs(config.PREPROCESS_WORKERS)
     bar = tqdm(total=len(rows), desc=description, leave=False)
     with bar, Parallel(config.PREPROCESS_WORKERS, prefer='threads', return_as='generator') as parallel:
@@ -56,11 +57,6 @@ def forEachPatient(function, df, description):
                 with warnings.catch_warnings():  # joblib warns of unused results when the caller stops early
                     warnings.filterwarnings('ignore', r'.*\btasks\b')
                     results.close()
-
-
-def _assigned():
-    """Return the names of the values that `config` holds."""
-    return [name for name in vars(config) if name.isupper()]
 
 
 def _work(function, process, values, paths):

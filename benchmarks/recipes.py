@@ -22,6 +22,7 @@ import metrics
 import preprocess
 import utils
 from atomic import writeAtomically
+from pictures.figure import MAIN_REGIONS
 
 # A small network, so that a processor trains it in minutes
 SMALL = {
@@ -43,7 +44,6 @@ RECIPES = {
     '+ change of contrast (default)': {},
 }
 PARTS = 4  # times that a training is scored; the last time at its end
-REGIONS = ['WT', 'TC', 'ET']
 
 
 def main(folder, output, numSteps=1500, folds=4, recipes=None):
@@ -130,7 +130,7 @@ def _score(testdf, model):
     """Return Dice and HD95 of the regions of whole patients."""
     scores = {}
     for patient, (_, y, yhat) in engine.predictAll(testdf, model, patchStride=config.PATCH_STRIDE):
-        scores[patient] = metrics.scorePatient(y, yhat).loc[REGIONS, ['dice', 'hd95']]
+        scores[patient] = metrics.scorePatient(y, yhat).loc[list(MAIN_REGIONS), ['dice', 'hd95']]
     return metrics.scoreTable(scores)
 
 
