@@ -19,6 +19,7 @@ PLANES = ('axial', 'coronal', 'sagittal')  # whose slices one network learns; pr
 SLICE_STEP = 3  # every third slice of each plane, from a start drawn per patient: neighbours look nearly the same
 PATCH_SIZE = 128  # pixels, both axes; a multiple of 2 ** ENCODER_DEPTH
 PATCH_STRIDE = 112  # pixels; 240 pixels have windows at 0 and 112
+RANDOM_STARTS = True  # as many windows, but each starts anywhere, drawn per slice: a tumor is cut in many ways
 PREPROCESS_WORKERS = 2  # threads that read and cut patients; each holds one patient, about 0.4 GB
 ON_BAD_PATIENT = 'stop'  # or 'leaveOut': patients whose files cannot be used are left out and named
 BACKGROUND_SHARE = 0.1  # fraction of the brain patches without tumor to keep, in training and validation
@@ -91,6 +92,7 @@ BOOTSTRAP_RESAMPLES = 10_000  # for the interval
 DOCUMENT = {
     'PLANES': ('axial',),
     'SLICE_STEP': 1,
+    'RANDOM_STARTS': False,
     'BACKGROUND_SHARE': 0.0,
     'LOSS': 'focal',
     'SCHEDULE': 'plateau',

@@ -28,6 +28,7 @@ CUT = {
     'editions': "the labels' classes in each edition",
     'patchStride': 'config.PATCH_STRIDE',
     'sliceStep': '[config.SLICE_STEP, config.SEED]',
+    'randomStarts': 'the seed of config.RANDOM_STARTS',
     'background': '[config.BACKGROUND_SHARE, config.SEED]',
     'transform': 'the transform of the volumes',
 }
@@ -43,9 +44,10 @@ def identify(dataframe, transform=None):
     Returns:
         dict of plain values, which JSON and a checkpoint can hold: `modalities` in order, `classes` (names), `editions`
         (name -> [label, class] pairs), `patchSize`, `planes`, `patchStride`, `sliceStep` ([step, seed], or None if
-        every slice is cut), `background` ([fraction, seed], or None without background patches), `stretching`
-        ([percentiles, range], or None if another transform is given) and `transform` (its fingerprint, or None if it
-        only stretches). `makeDataset` adds `patients`: id -> column -> checksum.
+        every slice is cut), `randomStarts` (the seed, or None if windows start at fixed places), `background`
+        ([fraction, seed], or None without background patches), `stretching` ([percentiles, range], or None if another
+        transform is given) and `transform` (its fingerprint, or None if it only stretches). `makeDataset` adds
+        `patients`: id -> column -> checksum.
 
     Raises:
         ValueError: the transform has no fingerprint, see `fingerprint`.
@@ -58,6 +60,7 @@ def identify(dataframe, transform=None):
         'editions': {name: [[*pair] for pair in EDITIONS[name].classes.items()] for name in sorted(names)},
         'patchStride': plain(config.PATCH_STRIDE),
         'sliceStep': [step, plain(config.SEED)] if step > 1 else None,
+        'randomStarts': plain(config.SEED) if config.RANDOM_STARTS else None,
         'background': [share, plain(config.SEED)] if share else None,
         'stretching': stretching,
         'transform': None if stretching else fingerprint(transform),

@@ -35,10 +35,10 @@ FORMAT = 5  # of the patch file; raised when its layout changes, so that older f
 def makeDataset(dataframe, filename, transform=None):
     """Write the patches of the patients of a file list to an `.h5` file and return how many there are.
 
-    Every `config.SLICE_STEP`-th slice of each of `config.PLANES` is cut into overlapping windows of `config.PATCH_SIZE`
-    at `config.PATCH_STRIDE`. A patch with tumor is kept. Of the patches with brain but no tumor, a fraction
-    `config.BACKGROUND_SHARE` is kept. First slices and background patches are drawn from `config.SEED` and the
-    patient's id.
+    Every `config.SLICE_STEP`-th slice of each of `config.PLANES` is cut into as many overlapping windows of
+    `config.PATCH_SIZE` as cover it at `config.PATCH_STRIDE`. With `config.RANDOM_STARTS` they start anywhere. A patch
+    with tumor is kept. Of the patches with brain but no tumor, a fraction `config.BACKGROUND_SHARE` is kept. First
+    slices, starts and background patches are drawn from `config.SEED` and the patient's id.
 
     The file is renamed to its final name when it is complete. If it exists and was cut from the same files with the
     same settings, its checksums are verified and nothing is cut. The memory needed does not grow with the number of
@@ -261,7 +261,7 @@ def _stretchAndCut(origins, volume):
 
 
 def _choosePatches(isTumor, isBrain, patient):
-    """Return the (plane, slice, row, column) of the patches to keep, sorted, int (N, 4).
+    """Return the (plane, slice, row, column) of the patches to keep, sorted by plane and slice, int (N, 4).
 
     Args:
         isTumor, isBrain: masks (D, W, H); the second is used only if `config.BACKGROUND_SHARE` is not 0.
@@ -277,22 +277,26 @@ def _choosePatches(isTumor, isBrain, patient):
 
 
 def _choosePlaces(isTumor, isBrain, generator):
-    """Return the (slice, row, column) of the patches of one plane to keep, sorted, int (N, 3)."""
-    size, stride = config.PATCH_SIZE, config.PATCH_STRIDE
-    rows, columns = (windowStarts(length, size, stride) for length in isTumor.shape[1:])
-    begin = generator.integers(config.SLICE_STEP)
+    """Return the (slice, row, column) of the patches of one plane to keep, sorted by slice, int (N, 3)."""
+    size, slices = config.PATCH_SIZE, np.arange(generator.integers(config.SLICE_STEP), len(isTumor), config.SLICE_STEP)
+    grid = [windowStarts(length, size, config.PATCH_STRIDE) for length in isTumor.shape[1:]]
+    starts = np.stack(np.meshgrid(*grid, indexing='ij'), -1).reshape(-1, 2)  # (windows, 2)
+    starts = np.broadcast_to(starts, (len(slices), *starts.shape))
+    if config.RANDOM_STARTS:
+        starts = generator.integers([start[-1] + 1 for start in grid], size=starts.shape)
 
-    def isIn(mask):  # (windows, D): whether a window holds a voxel of the mask
-        mask = mask[begin :: config.SLICE_STEP]
-        windows = [mask[:, row : row + size, column : column + size] for row in rows for column in columns]
-        return np.array([window.any((1, 2)) for window in windows])
+    def isIn(mask):  # (slices, windows): whether a window holds a voxel of the mask
+        cut = [
+            [mask[number, row : row + size, column : column + size].any() for row, column in windows]
+            for number, windows in zip(slices, starts, strict=True)
+        ]
+        return np.array(cut).reshape(starts.shape[:2])
 
     isKept = isIn(isTumor)
     if config.BACKGROUND_SHARE:
         isKept |= isIn(isBrain) & (generator.uniform(size=isKept.shape) < config.BACKGROUND_SHARE)
-    slices, windows = np.nonzero(isKept.T)
-    slices = begin + config.SLICE_STEP * slices
-    return np.stack([slices, rows[windows // len(columns)], columns[windows % len(columns)]], axis=1)
+    numbers, windows = np.nonzero(isKept)
+    return np.column_stack([slices[numbers], starts[numbers, windows]])
 
 
 def _cut(volume, origins, padding):

@@ -35,15 +35,17 @@ LOSS = {**config.DOCUMENT, 'LOSS': 'dice+ce', 'SCHEDULE': 'poly'}
 AVERAGE = {**LOSS, 'AVERAGE': 0.05}
 BACKGROUND = {**AVERAGE, 'BACKGROUND_SHARE': 0.1}
 PLANES = {**BACKGROUND, 'PLANES': config.PLANES, 'SLICE_STEP': config.SLICE_STEP}
+CONTRAST = {**PLANES, 'CONTRAST_PROBABILITY': config.CONTRAST_PROBABILITY}
 RECIPES = {
     'document': config.DOCUMENT,
     'Dice + cross-entropy, decay': LOSS,
     '+ average of the weights': AVERAGE,
     '+ background patches': BACKGROUND,
     '+ three planes': PLANES,
-    '+ change of contrast (default)': {},
+    '+ change of contrast': CONTRAST,
+    '+ random starts of the windows (default)': {},
 }
-PARTS = 4  # times that a training is scored; the last time at its end
+SCORED_AT = (0.2, 1.0)  # of all steps; there whole patients are scored and the run is saved
 
 
 def main(folder, output, numSteps=1500, folds=4, recipes=None):
@@ -89,16 +91,15 @@ def _configured(values):
 
 
 def _runFold(traindf, testdf, numSteps):
-    """Train on some patients and return the scores of others, at the end of each part of the training."""
+    """Train on some patients and return the scores of others, at the fractions `SCORED_AT` of the steps."""
     file = Path(config.OUTPUT_FOLDER) / 'scores.csv'
     table = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=['step'])
-    config.EPOCHS, numBatches = PARTS, numSteps // PARTS
-    if PARTS * numBatches in table['step'].tolist():
+    ends = [0, *(round(fraction * numSteps) for fraction in SCORED_AT)]
+    if numSteps in table['step'].tolist():
         return table
+    config.EPOCHS = len(SCORED_AT)
     numTrain = preprocess.makeDataset(traindf, config.TRAIN_FILE)
     dataset = utils.BRATSDataset(config.TRAIN_FILE, numTrain, raw=True)
-    sampler = torch.utils.data.RandomSampler(dataset, num_samples=numBatches * config.BATCHSIZE)
-    loader = torch.utils.data.DataLoader(dataset, config.BATCHSIZE, sampler=sampler)
     augment = batched.Batched(preprocess.makeTransforms()[0])
     torch.manual_seed(config.SEED)
     model, criterion = engine.makeModel(), engine.makeCriterion()
@@ -107,17 +108,19 @@ def _runFold(traindf, testdf, numSteps):
     scaler = torch.amp.GradScaler(config.DEVICE, enabled=engine.precision(config.DEVICE) is torch.float16)
     run = (model, optimizer, scheduler, scaler)
     *_, start, loss, _, best = utils.loadCheckpoint(*run, config.LAST_CHECKPOINT, average)
-    for epoch in range(start, PARTS):
-        begin = time.monotonic()
+    for epoch in range(start, config.EPOCHS):
+        begin, numSamples = time.monotonic(), (ends[epoch + 1] - ends[epoch]) * config.BATCHSIZE
+        sampler = torch.utils.data.RandomSampler(dataset, num_samples=numSamples)
+        loader = torch.utils.data.DataLoader(dataset, config.BATCHSIZE, sampler=sampler)
         loss = engine.train(model, criterion, optimizer, scaler, loader, augment, scheduler, average)
         # a stopped run may have scored what it did not save
-        table = table[table['step'] <= epoch * numBatches]
+        table = table[table['step'] <= ends[epoch]]
         seconds = time.monotonic() - begin + (table['seconds'].max() if len(table) else 0)
-        loss /= numBatches * config.BATCHSIZE
+        loss /= numSamples
         if config.SCHEDULE == 'plateau':
             scheduler.step(loss)
         scores = _score(testdf, model if average is None else average)
-        scores = scores.assign(step=(epoch + 1) * numBatches, seconds=seconds)
+        scores = scores.assign(step=ends[epoch + 1], seconds=seconds)
         table = pd.concat([table, scores], ignore_index=True) if len(table) else scores
         with writeAtomically(file) as part:
             table.to_csv(part, index=False)

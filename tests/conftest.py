@@ -102,6 +102,7 @@ def writePatchFile(file, image, label, patients=('P1',), **changes):
         'editions': {'BraTS2020': [[0, 0], [1, 1], [2, 2], [4, 3]]},
         'patchStride': config.PATCH_STRIDE,
         'sliceStep': None,
+        'randomStarts': None,
         'background': None,
         'transform': None,
         'patients': {patient: {'t1ce': f'image of {patient}', 'seg': f'seg of {patient}'} for patient in patients},

@@ -160,6 +160,30 @@ def test_makeDataset_drawsTheFirstSliceOfEachPatientAndPlane(writeCase, tmp_path
     assert startsOf('c.h5') != starts
 
 
+def test_makeDataset_drawsTheStartsOfWindows(writeCase, tmp_path):
+    """As many windows as on the grid, inside the image, other ones in each slice; the same again for the same seed."""
+    image, _, paths = makePatient(writeCase, (60, 40, 24), tumor=slice(None))
+    config.RANDOM_STARTS = True
+    expected = transforms.transformCase(image, None, transforms.volumeTransform())[0].numpy().astype(np.float16)
+
+    def starts(name):
+        assert preprocess.makeDataset(listOf(P1=paths), tmp_path / name) == 3 * 2 * 24
+        with h5py.File(tmp_path / name) as file:
+            origins = np.stack([file[name][:] for name in ORIGINS], axis=1)
+            for number in (0, 77):
+                z, row, column = origins[number]
+                window = expected[z, :, row : row + 32, column : column + 32]
+                np.testing.assert_array_equal(file['image'][number], window)
+        return origins.tolist()
+
+    first = starts('a.h5')
+    rows, columns = ({origin[axis] for origin in first} for axis in (1, 2))
+    assert min(rows) >= 0 and max(rows) <= 28 and len(rows) > 20 and columns == set(range(9))
+    assert first == sorted(first, key=lambda origin: origin[0]) and starts('b.h5') == first
+    config.SEED = 1
+    assert starts('c.h5') != first
+
+
 def test_makeDataset_padsAVolumeSmallerThanAPatch(writeCase, tmp_path):
     """The padding is background: -1 in the image, class 0 in the label, even where tumor fills the volume."""
     *_, paths = makePatient(writeCase, shape=(20, 30, 4), tumor=slice(None))
@@ -310,7 +334,7 @@ def test_makeDataset_alwaysReplacesAFileOfALambda(writeCase, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('name', 'value'),
     [('MODALITIES', ('t2', 't1ce', 'flair')), ('SEED', 1), ('BACKGROUND_SHARE', 0.6), ('PATCH_SIZE', 40),
-     ('PLANES', ('coronal',)), ('SLICE_STEP', 2),
+     ('PLANES', ('coronal',)), ('SLICE_STEP', 2), ('RANDOM_STARTS', True),
      ('PATCH_STRIDE', 16), ('STRETCH_RANGE', (0, 1)), ('STRETCH_PERCENTILES', (1, 99))],
 )  # fmt: skip
 def test_makeDataset_replacesAFileOfOtherSettings(writeCase, tmp_path, capsys, name, value):
