@@ -17,7 +17,7 @@ import config
 from parallel import leaveOut
 from patients import maskFunction, patientOf, readCase
 from recipe import autocast, availableWeights, makeAverage, makeCriterion, makeModel, makeScheduler, precision
-from trained import bare, follow, identityOf, noteTraining, noteValidation, trainedPatients, warnOfTrained
+from trained import bare, followAll, identityOf, membersFor, membersOf, noteTraining, noteValidation, warnOfTrained
 from transforms import PLANES, transformVolume, withChannels
 from windows import planWindows, predictPatches, predictSlices
 
@@ -214,7 +214,8 @@ def predict(
 
     Args:
         paths: one row of the file list (Series or dict); a segmentation is not needed.
-        model: takes float (B, C, H, W), returns logits (B, NO_CLASSES, H, W). It is moved to the device.
+        model: takes float (B, C, H, W), returns logits (B, NO_CLASSES, H, W). It is moved to the device. Or a list of
+            models, the members of an ensemble: their probabilities are averaged, each with its own planes.
         transform: torchio transform of the whole volume that keeps its shape. None (default): the stretching that the
             model was trained with, or `transforms.volumeTransform()`.
         patchStride: pixels between windows of the patch size. Where windows overlap, their probabilities are
@@ -238,15 +239,16 @@ def predict(
             the one of the training; the stride leaves pixels out.
     """
     options = {'patchStride': patchStride, 'device': device, 'mirror': mirror, 'probabilities': probabilities}
-    way = follow(model, transform, planes)
-    return _segment(*_prepare(paths, way), model, way, **options)
+    ways = followAll(model, transform, planes)
+    return _segment(*_prepare(paths, ways[0]), membersOf(model), ways, **options)
 
 
 def predictAll(df, model, transform=None, planes=None, **options):
     """Segment the patients of a file list one by one; the next is read while one is predicted.
 
-    A warning names the patients that the model was trained on. A patient whose files cannot be used ends the
-    prediction, or is left out and named, as `config.ON_BAD_PATIENT` says.
+    A warning names the patients that the model was trained on. Of an ensemble, a patient is predicted by the members
+    that were not trained on it, as in a cross-validation, and by all if there is no such member. A patient whose files
+    cannot be used ends the prediction, or is left out and named, as `config.ON_BAD_PATIENT` says.
 
     Args:
         df: file list.
@@ -259,20 +261,24 @@ def predictAll(df, model, transform=None, planes=None, **options):
     Raises:
         ValueError, FileNotFoundError: as in `predict`, when the bad patient is reached.
     """
-    way, rows = follow(model, transform, planes), [paths for _, paths in df.iterrows()]
-    warnOfTrained(trainedPatients(model, df), len(df))
+    models, ways, rows = membersOf(model), followAll(model, transform, planes), [paths for _, paths in df.iterrows()]
+    members, trained = membersFor(models, df)
+    warnOfTrained(trained, len(df))
+    if numFew := sum(len(some) < len(models) for some in members.values()):
+        print(f'{numFew} of {len(df)} patients are predicted only by the models that were not trained on them.')
     with ThreadPoolExecutor(1) as reader:  # decompression releases the interpreter's lock
-        following = reader.submit(_prepare, rows[0], way) if rows else None
+        following = reader.submit(_prepare, rows[0], ways[0]) if rows else None
         for number, patient in enumerate(tqdm(df.index, 'predict', leave=False)):
             prepared, following = following, None
             if number + 1 < len(rows):
-                following = reader.submit(_prepare, rows[number + 1], way)
+                following = reader.submit(_prepare, rows[number + 1], ways[0])
             try:
                 case = prepared.result()
             except (ValueError, OSError) as error:
                 leaveOut(error, f'{number} of {len(rows)} patients were segmented before.')
                 continue
-            yield patient, _segment(*case, model, way, **options)
+            chosen = [way for member, way in zip(models, ways, strict=True) if member in members[patient]]
+            yield patient, _segment(*case, members[patient], chosen, **options)
 
 
 def _prepare(paths, way):
@@ -283,8 +289,8 @@ def _prepare(paths, way):
     return x, None if y is None else y.long(), isBrain
 
 
-def _segment(x, y, isBrain, model, way, patchStride=None, device=None, mirror=False, probabilities=False):
-    """Return what `predict` returns, from what `_prepare` returns."""
+def _segment(x, y, isBrain, models, ways, patchStride=None, device=None, mirror=False, probabilities=False):
+    """Return what `predict` returns, from what `_prepare` returns; a way for each model."""
     device = torch.device(device or config.DEVICE)
     yhat = torch.zeros(isBrain.shape, dtype=torch.int64)
     probability = torch.zeros(len(x), config.NO_CLASSES, *x.shape[2:]) if probabilities else None
@@ -292,11 +298,13 @@ def _segment(x, y, isBrain, model, way, patchStride=None, device=None, mirror=Fa
         probability[:, 0] = 1
     if isBrain.any():
         [box] = ndimage.find_objects(isBrain.numpy().astype(np.uint8))
-        total = _predictPlanes(x, isBrain, box, model, way, patchStride, device, mirror)
+        image, total = x.to(device), 0
+        for model, way in zip(models, ways, strict=True):
+            total += _predictPlanes(image, isBrain, box, model, way, patchStride, mirror) / len(way.planes)
         slices, *inSlice = box
         yhat[box] = total.max(1).indices.cpu()  # on the device: less is copied; argmax takes ten times as long as max
         if probabilities:
-            probability[slices, :, *inSlice] = total.cpu() / len(way.planes)
+            probability[slices, :, *inSlice] = total.cpu() / len(models)
     return (x, y, yhat, probability) if probabilities else (x, y, yhat)
 
 
@@ -306,13 +314,12 @@ def _multipleOf(model):
     return getattr(encoder, 'output_stride', 2**config.ENCODER_DEPTH)
 
 
-def _predictPlanes(x, isBrain, box, model, way, patchStride, device, mirror):
+def _predictPlanes(x, isBrain, box, model, way, patchStride, mirror):
     """Return the sum over the planes of the probabilities (D', K, W', H') in the brain's bounding box."""
-    x, multiple = x.to(device), _multipleOf(model)
-    sides = [part.stop - part.start for part in box]
-    total = torch.zeros(sides[0], config.NO_CLASSES, *sides[1:], device=device)
+    multiple, sides = _multipleOf(model), [part.stop - part.start for part in box]
+    total = torch.zeros(sides[0], config.NO_CLASSES, *sides[1:], device=x.device)
     predictBatch = partial(predictPatches, model, mirror=mirror, activation=way.activation)
-    with _evaluationMode(model, device):
+    with _evaluationMode(model, x.device):
         for plane in way.planes:
             order = PLANES[plane]
             (first, *inPlane), view = [box[axis] for axis in order], total.permute(withChannels(order))

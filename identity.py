@@ -1,5 +1,6 @@
 """Describe what patches were cut from and how, and compare it wherever patch file, checkpoint and model meet."""
 
+import functools
 import json
 import re
 import struct
@@ -151,12 +152,18 @@ def checksumOf(file, known):
     found = file.stat()
     state = [found.st_size, found.st_mtime_ns, found.st_ino]
     if known.get(str(file), [])[:3] != state:
-        value = 0
-        with open(file, 'rb') as stream:
-            while block := stream.read(2**22):
-                value = zlib.crc32(block, value)
-        known[str(file)] = [*state, f'{value:08x}{found.st_size & 0xFFFFFFFF:x}']
+        known[str(file)] = [*state, f'{_crcOf(str(file), *state):08x}{found.st_size & 0xFFFFFFFF:x}']
     return known[str(file)][3]
+
+
+@functools.lru_cache(10_000)
+def _crcOf(file, *state):
+    """Return the CRC-32 of a file's content; a file of the same size, time and inode is read once."""
+    value = 0
+    with open(file, 'rb') as stream:
+        while block := stream.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def readIdentity(file):

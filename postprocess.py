@@ -24,7 +24,7 @@ from fingerprint import fingerprint
 from identity import stretchingOf
 from parallel import leaveOut
 from patients import EDITIONS, checkGrid, detectEdition, hasFile, readVolume, spacingOf, toClasses
-from trained import follow, trainedAmong, trainedPatients
+from trained import followAll, membersFor, membersOf, trainedAmong
 
 __all__ = [
     'Tuning',
@@ -112,8 +112,9 @@ _GRID_FIELDS = (
 def predictFolder(df, model, folder, transform=None, rules=None, probabilities=False, **options):
     """Predict the patients of a file list into a folder, for upload and for tables.
 
-    Patients that the model was trained on are segmented, but not scored. What is finished stays in the folder, whatever
-    happens next.
+    Patients that the model was trained on are segmented, but not scored. Of an ensemble (a list of models), a patient
+    is predicted by the members that were not trained on it, so those of a cross-validation predict and score all. What
+    is finished stays in the folder, whatever happens next.
 
     Args:
         df: file list.
@@ -134,9 +135,9 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
     folder, scores, kind = Path(folder), {}, kindOf(**options)
     made = {'weights': _checksumOfWeights(model), 'kind': kind, 'rules': _plainRules(rules)}
     with warnings.catch_warnings(action='ignore'):  # predictAll warns
-        made['input'] = _describeInput(follow(model, transform, kind['planes']))
+        made['input'] = _describeInput(followAll(model, transform, kind['planes']))
+        trained = membersFor(model, df)[1]
     before = _refuseOthers(folder, made)
-    trained = trainedPatients(model, df)
     about = {**made, 'trainedOn': sorted({*before.get('trainedOn', ()), *trained}), **options}
     _writeSettings(folder, about)
     for patient, (_, y, yhat, *probability) in predictAll(df, model, transform, probabilities=probabilities, **options):
@@ -168,20 +169,22 @@ def _addScores(table, folder):
         table.to_csv(part, index=False)
 
 
-def _describeInput(way):
-    """Return, as plain values, what a model is shown of a patient."""
+def _describeInput(ways):
+    """Return, as plain values, what the members of an ensemble are shown of a patient; a dict if it is the same."""
     try:
-        transform = stretchingOf(way.transform) or fingerprint(way.transform)
+        transform = stretchingOf(ways[0].transform) or fingerprint(ways[0].transform)
     except ValueError:
         transform = 'unknown'
-    return json.loads(json.dumps({**way._asdict(), 'transform': transform}))
+    described = json.loads(json.dumps([{**way._asdict(), 'transform': transform} for way in ways]))
+    return described[0] if all(each == described[0] for each in described) else described
 
 
 def _checksumOfWeights(model):
-    """Return a checksum of a model's weights and buffers."""
+    """Return a checksum of the weights and buffers of a model, or of all members of an ensemble."""
     value = 0
-    for _, tensor in sorted(model.state_dict().items()):
-        value = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+    for member in membersOf(model):
+        for _, tensor in sorted(member.state_dict().items()):
+            value = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
     return f'{value:08x}'
 
 
@@ -221,7 +224,12 @@ def writeScores(scores, folder, model=None, df=None, **options):
     Returns:
         DataFrame: `metrics.scoreTable(scores)`.
     """
-    trained = trainedAmong(model, scores) if df is None else trainedPatients(model, df.loc[list(scores)])
+    if df is None:
+        trained = [
+            patient for patient in map(str, scores) if all(trainedAmong(each, [patient]) for each in membersOf(model))
+        ]
+    else:
+        trained = membersFor(model, df.loc[list(scores)])[1]
     if trained:
         print(f'Not scored, because the model was trained on them: {", ".join(trained)}.')
     about = {'kind': kindOf(**options), 'rules': None, 'trainedOn': trained, **options}

@@ -142,7 +142,7 @@ def trainedPatients(model, df):
     """Return the ids of a file list that a model was trained on, told by names and by the content of images.
 
     A patient counts as trained on if it has an image in common, or if it is another time point of a subject that was
-    trained on. If it has the same id, but no image in common, it is another patient, and a message says so.
+    trained on. If it has the same id, but no image in common, it is another patient, and a warning says so.
 
     Args:
         model: as in `trainedAmong`.
@@ -156,7 +156,8 @@ def trainedPatients(model, df):
     for patient, paths in df.iterrows():
         patient = str(patient)
         if patient in seen and _isAnother(paths, seen[patient]):
-            print(f'{patient} has the name of a patient that the model was trained on, but other images.')
+            text = f'{patient} has the name of a patient that the model was trained on, but other images.'
+            warnings.warn(text, stacklevel=3)
         elif patient in byName or _hasImageOf(paths, images):
             trained.append(patient)
     return trained
@@ -173,6 +174,38 @@ def _hasImageOf(paths, images):
     files = [Path(paths[column]) for column in config.MODALITIES if hasFile(paths, column)]
     packed = [file for file in files if file.name.lower().endswith('.gz') and file.is_file()]
     return any(checksumOf(file, {}) in images for file in packed)
+
+
+def membersOf(model):
+    """Return the members of an ensemble: a list of models as it is, a model as a list of one.
+
+    Raises:
+        ValueError: an empty list.
+    """
+    members = list(model) if isinstance(model, (list, tuple)) else [model]
+    if not members:
+        raise ValueError('The list of models is empty; at least one was expected.')
+    return members
+
+
+def membersFor(model, df):
+    """Return the models that predict each patient: the members that were not trained on it, or all if all were.
+
+    Args:
+        model: a model, or a list of the members of an ensemble.
+        df: file list.
+
+    Returns:
+        members: dict of patient -> list of models.
+        trained: ids of the patients that every member was trained on.
+    """
+    models = membersOf(model)
+    seen = [set(trainedPatients(member, df)) for member in models]
+    unseen = {
+        patient: [member for member, ids in zip(models, seen, strict=True) if str(patient) not in ids]
+        for patient in df.index
+    }
+    return {patient: some or models for patient, some in unseen.items()}, [str(p) for p in df.index if not unseen[p]]
 
 
 def warnOfTrained(trained, numPatients):
@@ -193,6 +226,29 @@ class Way(NamedTuple):
     patchSize: int  # pixels of a window
     planes: list  # names of those whose slices are predicted
     activation: str  # that turns logits into probabilities: 'softmax' or 'sigmoid'
+
+
+def followAll(model, transform=None, planes=None):
+    """Return how each member of an ensemble has to be shown a patient, a list of `Way`.
+
+    Args:
+        model: a model, or a list of models.
+        transform, planes: as in `follow`, for all members.
+
+    Raises:
+        ValueError: as in `follow`; or the members were trained on other modalities or stretchings than the first.
+    """
+    ways = []
+    for member in membersOf(model):
+        ways.append(follow(member, transform, planes))
+    inputs = [(way.modalities, stretchingsIn(way.transform)) for way in ways]
+    for number, (modalities, stretching) in enumerate(inputs):
+        if (modalities, stretching) != inputs[0]:
+            raise ValueError(
+                f'Model {number + 1} of the ensemble was trained on {modalities} stretched by {stretching}, the first '
+                f'one on {inputs[0][0]} by {inputs[0][1]}: their probabilities cannot be averaged.'
+            )
+    return ways
 
 
 def follow(model, transform=None, planes=None):
@@ -235,6 +291,6 @@ def follow(model, transform=None, planes=None):
             f'{trained[0]} and {trained[1]}. Without a transform, predict follows the model.'
         )
     if differing:
-        warnings.warn(f'The model is followed where config differs: {"; ".join(differing)}.', stacklevel=3)
+        warnings.warn(f'The model is followed where config differs: {"; ".join(differing)}.', stacklevel=4)
     planes = list(planes or identity['planes'])
     return Way(identity['modalities'], transform, identity['patchSize'], planes, identity['activation'])

@@ -13,6 +13,7 @@ from monai.inferers import SlidingWindowInferer
 import batched
 import config
 import engine
+import identity
 import preprocess
 import recipe
 import utils
@@ -306,6 +307,21 @@ def test_predict_returnsTheTruthOfAnOracleInEveryPlane(writeCase, options):
         )
         np.testing.assert_array_equal(yhat, np.where(label == 4, 3, label).transpose(2, 0, 1))
         np.testing.assert_allclose(probability.sum(1), 1, atol=1e-5)
+
+
+def test_predict_averagesTheMembersOfAnEnsemble(writeCase, inFloat32):
+    """Each member gives the mean of its own planes, and the ensemble the mean of its members."""
+    paths, _ = makePatient(writeCase, (70, 36, 20))
+    models = Lean(), makeUnet()
+    own = {'planes': ['coronal', 'sagittal'], 'activation': 'softmax', 'earlier': {}, 'patients': {}}
+    models[1].identity = identity.configured() | own
+    with pytest.warns(UserWarning, match='config.PLANES is'):
+        x, _, yhat, found = engine.predict(paths, models, probabilities=True)
+    axial = engine.predict(paths, models[0], probabilities=True)[3]
+    turned = engine.predict(paths, models[1], probabilities=True, planes=['sagittal', 'coronal'])[3]
+    torch.testing.assert_close(found, (axial + turned) / 2)
+    hasBrain = (x != -1).any(1)
+    assert torch.equal(yhat[hasBrain], found.argmax(1)[hasBrain])
 
 
 def test_predict_refusesAnUnknownPlane(writeCase):

@@ -440,15 +440,14 @@ def test_predictAll_recognizesARenamedPatient(df):
         list(engine.predictAll(renamed, model))
 
 
-def test_predictAll_knowsOtherPatientsOfTheSameName(df, tmp_path, capsys):
-    """Two hospitals may both have a patient 001: with other images it is a test, and a message says so."""
+def test_predictAll_knowsOtherPatientsOfTheSameName(df, tmp_path):
+    """Two hospitals may both have a patient 001: with other images it is a test, and a warning says so."""
     model = makeTrained(df)
     phantom.makeCases(tmp_path / 'elsewhere', 1, seed=7, shape=(40, 40, 16))
     elsewhere = utils.makeFileList(tmp_path / 'elsewhere')
-    assert trained.trainedPatients(model, elsewhere) == [] and trained.trainedPatients(model, df) == [df.index[0]]
-    assert f'{df.index[0]} has the name of a patient that the model was trained on, but other images' in (
-        capsys.readouterr().out
-    )
+    assert trained.trainedPatients(model, df) == [df.index[0]]
+    with pytest.warns(UserWarning, match=f'{df.index[0]} has the name of a patient that the model was trained on, but'):
+        assert trained.trainedPatients(model, elsewhere) == []
 
 
 def test_trainedPatients_knowsAnUnpackedCopy(df, tmp_path):
@@ -553,3 +552,54 @@ def test_predict_leavesFrozenLayersFrozen(df):
     frozen = next(layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)).eval()
     engine.predict(df.iloc[0], model)
     assert model.training and not frozen.training
+
+
+# Ensembles
+
+
+def makeMember(df, seed):
+    """Return a model of random weights that was trained on the patients of a file list."""
+    preprocess.makeDataset(df, f'{config.OUTPUT_FOLDER}/member.h5')
+    model, _ = trainOn(f'{config.OUTPUT_FOLDER}/member.h5')
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)), alpha=0.3)
+    return model
+
+
+def test_predictAll_predictsByTheMembersThatHaveNotSeenAPatient(df, capsys):
+    """Of three members, each patient of the training is left to the other two, by the mean of their probabilities."""
+    members = [makeMember(df[number : number + 1], number) for number in range(3)]
+    found = dict(engine.predictAll(df, members, probabilities=True))
+    for number, patient in enumerate(df.index):
+        others = [member for other, member in enumerate(members) if other != number]
+        alone = [engine.predict(df.loc[patient], member, probabilities=True)[3] for member in others]
+        assert not torch.equal(*alone)
+        torch.testing.assert_close(found[patient][3], sum(alone) / 2)
+    assert '3 of 3 patients are predicted only by the models that were not trained on them' in capsys.readouterr().out
+
+
+def test_predictFolder_scoresTheMembersOfACrossValidation(df, tmp_path):
+    """Two folds together score every patient; a patient that all members have seen is segmented, but not scored."""
+    members = [makeMember(df[1:], 0), makeMember(df[:2], 1)]
+    with pytest.warns(UserWarning, match=f'was trained on 1 of 3 patients: {df.index[1]}'):
+        table = postprocess.predictFolder(df, members, tmp_path / 'out')
+    assert sorted(set(table['patient'])) == [df.index[0], df.index[2]]
+    assert len(list((tmp_path / 'out' / 'upload').iterdir())) == 3
+    single = metrics.scorePatient(*engine.predict(df.iloc[0], members[0])[1:])
+    found = table[table['patient'] == df.index[0]].set_index('region')['volumePredicted']
+    assert found.to_dict() == single['volumePredicted'].to_dict()
+
+
+def test_predict_refusesMembersThatSeeOtherInputs(df):
+    """Members whose modalities differ are refused; an empty list too."""
+    first = makeTrained(df)
+    second = makeTrained(df)
+    second.identity = {**second.identity, 'modalities': ['t2', 't1ce', 'flair']}
+    with (
+        pytest.warns(UserWarning, match='The model is followed where config differs'),
+        pytest.raises(ValueError, match=r"Model 2 of the ensemble was trained on \['t2', 't1ce', 'flair'\]"),
+    ):
+        engine.predict(df.iloc[0], [first, second])
+    with pytest.raises(ValueError, match='The list of models is empty'):
+        engine.predict(df.iloc[0], [])
