@@ -14,6 +14,8 @@ import torch
 import config
 from atomic import writeAtomically
 from identity import CUT, SEEN, differences, patientDifferences, plain, readIdentity
+from ranks import numRanks
+from recipe import buildModel
 from trained import asEarlier, bare, identityOf
 
 FORMAT = 3  # of a checkpoint; raised when its layout changes. In format 1 the history counts epochs from 0
@@ -57,7 +59,7 @@ def _tellHowManyFit(done, seconds):
     """Print, after the first epoch, how many epochs fit into the time, if they are fewer than planned."""
     if config.TIME_BUDGET is None or config.SCHEDULE != 'poly':
         return
-    numFitting = done + int((config.TIME_BUDGET - _hoursUsed()) * 3600 / seconds)
+    numFitting = done + int((config.TIME_BUDGET - hoursUsed()) * 3600 / seconds)
     if numFitting < config.EPOCHS:
         print(
             f'About {numFitting} of {config.EPOCHS} epochs fit into the {config.TIME_BUDGET} hours of '
@@ -66,7 +68,7 @@ def _tellHowManyFit(done, seconds):
         )
 
 
-def _hoursUsed():
+def hoursUsed():
     """Return the hours since this process started."""
     return (time.time() - psutil.Process().create_time()) / 3600
 
@@ -78,7 +80,7 @@ def _reasonToStop(epoch, longest):
     if config.PATIENCE is not None and numWorse >= config.PATIENCE:
         return f'the last {numWorse} did not improve the validation loss (config.PATIENCE = {config.PATIENCE})'
     if config.TIME_BUDGET is not None:
-        used = _hoursUsed()
+        used = hoursUsed()
         if used + longest / 3600 > config.TIME_BUDGET:
             return (
                 f'{used:.2f} of the {config.TIME_BUDGET} hours of config.TIME_BUDGET are used, and an epoch takes '
@@ -124,6 +126,7 @@ def makeCheckpoint(
         'settings': _settings(model),
         'recipe': _recipe(),
         'epochs': int(config.EPOCHS),
+        'ranks': numRanks(),
         'identity': identityOf(model),
         'nextEpoch': int(epoch) + 1,
         'trainLoss': trainLoss,
@@ -191,19 +194,12 @@ def loadModel(path):
         _checkSettings(path, settings, {name: plain(getattr(config, name)) for name in names})
     if not hasattr(smp, settings['model']):
         raise ValueError(f'{path} has a {settings["model"]}: make the model yourself and use loadCheckpoint.')
-    model = getattr(smp, settings['model'])(
-        settings['ENCODER_NAME'],
-        encoder_depth=settings['ENCODER_DEPTH'],
-        encoder_weights=None,
-        decoder_channels=settings['DECODER_CHANNELS'],
-        in_channels=len(settings['MODALITIES']),
-        classes=settings['NO_CLASSES'],
-    )
+    model = buildModel(settings['model'], settings, len(settings['MODALITIES']))
     weights = _bestWeights(checkpoint)
     _checkWeights(path, weights, model.state_dict())
     model.load_state_dict(weights)
     model.identity = asEarlier(checkpoint['identity'])
-    return model.to(config.DEVICE)
+    return model
 
 
 def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
@@ -291,7 +287,9 @@ def _checkSteps(path, state, scheduler):
 
 
 def _tellOtherLength(checkpoint):
-    """Print what the schedule does if a run is resumed with another number of epochs."""
+    """Print what follows if a run is resumed with another number of epochs or ranks."""
+    if (ranks := checkpoint.get('ranks', 1)) != numRanks():
+        print(f'The run had {ranks} ranks and now has {numRanks()}: the same batches, but augmented by other draws.')
     before, done = checkpoint['epochs'], checkpoint['nextEpoch']
     if config.SCHEDULE == 'poly' and before is not None and before != config.EPOCHS:
         left, planned = ((1 - min(1, done / epochs)) ** config.POLY_POWER for epochs in (config.EPOCHS, before))

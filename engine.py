@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 import config
 from parallel import leaveOut
 from patients import maskFunction, patientOf, readCase
+from ranks import sumOverRanks
 from recipe import autocast, availableWeights, makeAverage, makeCriterion, makeModel, makeScheduler, precision
 from trained import bare, followAll, identityOf, membersFor, membersOf, noteTraining, noteValidation, warnOfTrained
 from transforms import PLANES, transformVolume, withChannels
@@ -131,7 +132,8 @@ def validate(model, criterion, loader, dice=False):
 
     with torch.inference_mode():
         loss = _runEpoch('validate', step, loader, device)
-    return (loss, _diceOf(counts.reshape(classes, classes).cpu())) if dice else loss
+    counts = sumOverRanks(counts.reshape(classes, classes).cpu())
+    return (loss, _diceOf(counts)) if dice else loss
 
 
 def _diceOf(counts):
@@ -150,7 +152,7 @@ def _logits(model, image):
 
 
 def _runEpoch(name, step, loader, device, transform=None, remark=''):
-    """Return the sum over samples of the losses that `step` returns for each batch."""
+    """Return the sum over samples, those of all ranks, of the losses that `step` returns for each batch."""
     gc.collect()  # an earlier epoch's workers: collected later in a forked worker, they print errors there
     losses, sizes, total, number = [], [], 0.0, 0
     batches = iter(loader)
@@ -175,7 +177,7 @@ def _runEpoch(name, step, loader, device, transform=None, remark=''):
             batches._shutdown_workers()
     if number == 0:
         raise ValueError(f'{name}: the loader has no batch; are there fewer patches than config.BATCHSIZE?')
-    return total
+    return sumOverRanks(total)
 
 
 def _sumLosses(name, losses, sizes, number, numBatches, remark):

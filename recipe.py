@@ -42,13 +42,27 @@ def makeModel():
         smp.Unet: takes float (B, ENCODER_IN_CHANNEL, H, W), sides a multiple of 2 ** ENCODER_DEPTH; returns logits (B,
         NO_CLASSES, H, W).
     """
-    return smp.Unet(
-        config.ENCODER_NAME,
-        encoder_depth=config.ENCODER_DEPTH,
-        encoder_weights=availableWeights(),
-        decoder_channels=config.DECODER_CHANNELS,
-        in_channels=config.ENCODER_IN_CHANNEL,
-        classes=config.NO_CLASSES,
+    names = ('ENCODER_NAME', 'ENCODER_DEPTH', 'DECODER_CHANNELS', 'NO_CLASSES')
+    settings = {name: getattr(config, name) for name in names}
+    return buildModel('Unet', settings, config.ENCODER_IN_CHANNEL, availableWeights())
+
+
+def buildModel(name, settings, numChannels, weights=None):
+    """Return a model of smp on `config.DEVICE`.
+
+    Args:
+        name: class of smp.
+        settings: dict of the `config` values ENCODER_NAME, ENCODER_DEPTH, DECODER_CHANNELS and NO_CLASSES.
+        numChannels: channels of the input.
+        weights: of the encoder, as smp names them; None: random.
+    """
+    return getattr(smp, name)(
+        settings['ENCODER_NAME'],
+        encoder_depth=settings['ENCODER_DEPTH'],
+        encoder_weights=weights,
+        decoder_channels=settings['DECODER_CHANNELS'],
+        in_channels=numChannels,
+        classes=settings['NO_CLASSES'],
     ).to(config.DEVICE)
 
 

@@ -1,0 +1,196 @@
+"""One network or several, on one device or several, and under torchrun: killed and resumed, all end alike."""
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import checkpoints
+import config
+import phantom
+import train
+import utils
+
+HOME = Path(__file__).resolve().parent.parent
+SMALL = {
+    'PATCH_SIZE': 32, 'PATCH_STRIDE': 24, 'BATCHSIZE': 8, 'ENCODER_NAME': 'resnet18', 'ENCODER_DEPTH': 3,
+    'DECODER_CHANNELS': (16, 8, 8), 'ENCODER_WEIGHTS': None, 'LOADER_WORKERS': 0, 'DEVICE': 'cpu',
+}  # fmt: skip
+
+
+@pytest.fixture
+def df(tmp_path):
+    """The file list of four phantoms, and small numbers of a training."""
+    phantom.makeCases(tmp_path / 'data', 4, shape=(40, 40, 16))
+    vars(config).update(
+        SMALL, DATA_FOLDER=str(tmp_path / 'data'), EPOCHS=2, AVERAGE=0.2, LOSS='dice+ce', SCHEDULE='poly'
+    )
+    torch.set_num_threads(1)
+    return utils.makeFileList()
+
+
+def weightsOf(file):
+    """Return all that decides the predictions of a checkpoint."""
+    checkpoint = torch.load(file, weights_only=True)
+    return checkpoint['nextEpoch'], checkpoint['model'], checkpoint['average']
+
+
+def assertEqual(file, other):
+    torch.testing.assert_close(weightsOf(file), weightsOf(other), rtol=0, atol=0)
+
+
+# One network
+
+
+def test_trainModel_resumesToTheSameWeights(df, monkeypatch):
+    """Stopped after the first epoch and called again, it ends with the weights of an uninterrupted run."""
+    traindf, valdf, _ = utils.split(df)
+    whole = train.trainModel(traindf, valdf)
+    config.OUTPUT_FOLDER += '/stopped'
+    monkeypatch.setattr(checkpoints, 'epochs', lambda start: range(start, start + 1))
+    lines = []
+    for _ in range(2):
+        stopped = train.trainModel(traindf, valdf, lines.append)
+    assertEqual(whole.replace('best', 'last'), stopped.replace('best', 'last'))
+    assert [line[:14] for line in lines] == ['epoch   1 of 2', 'epoch   2 of 2'] and 'validation' in lines[0]
+
+
+def test_trainModel_keepsTheLastEpochWithoutValidation(df):
+    """Without validation patients the best weights are the last ones, and they remember whom they have seen."""
+    best = train.trainModel(df[:2])
+    assertEqual(best, config.LAST_CHECKPOINT)
+    assert list(utils.loadModel(best).identity['earlier']) == list(df.index[:2])
+
+
+# Members
+
+
+def test_trainMembers_trainsEachFoldInItsFolder(df, capsys):
+    """Two folds and a plane with another seed; each has its folder, and its patients are the fold's."""
+    members = [{'fold': 0, 'of': 2}, {'fold': 1, 'of': 2}, {'plane': 'coronal', 'seed': 5, 'EPOCHS': 1}]
+    before = dict(vars(config))
+    files = train.trainMembers(df, members)
+    assert vars(config) == before
+    names = ['fold-0_of-2', 'fold-1_of-2', 'plane-coronal_seed-5_EPOCHS-1']
+    assert files == [f'{config.OUTPUT_FOLDER}/{name}/best.pt' for name in names]
+    seen = [set(utils.loadModel(file).identity['earlier']) for file in files]
+    assert seen[0] | seen[1] == set(df.index) and not seen[0] & seen[1]
+    assert seen[2] == set(utils.split(df)[0].index)
+    assert utils.loadModel(files[2]).identity['planes'] == ['coronal']
+    assert 'fold-0_of-2: epoch   2 of 2: loss' in capsys.readouterr().out
+    assert 'patches of 2 patients' in Path(files[0]).with_name('log.txt').read_text()
+
+
+def killWhenSaved(file):
+    """Kill the process that trains a member, once its first epoch is saved."""
+    while not Path(file).exists():
+        time.sleep(0.01)
+    [member] = [child for child in multiprocessing.active_children() if isTraining(child.pid, file)]
+    os.kill(member.pid, signal.SIGKILL)
+
+
+def isTraining(process, file):
+    """Return whether a process has the log of a member open."""
+    log = str(Path(file).with_name('log.txt'))
+    return log in [opened.path for opened in psutil.Process(process).open_files()]
+
+
+def test_trainMembers_goOnAfterOneWasKilledAndOneFailed(df):
+    """On two devices one member is killed and one cannot train: the third ends; run again, all equal one process's."""
+    config.EPOCHS = 6
+    members = [{'seed': 1}, {'LOSS': 'hinge'}, {'seed': 2}]
+    killer = threading.Thread(target=killWhenSaved, args=(f'{config.OUTPUT_FOLDER}/seed-1/last.pt',), daemon=True)
+    killer.start()
+    with pytest.raises(RuntimeError, match='2 of 3 members failed; the others are complete') as error:
+        train.trainMembers(df, members, ['cpu', 'cpu'])
+    assert re.search(r'seed-1: its process ended with code -9; see log\.txt', str(error.value))
+    assert "LOSS-hinge: ValueError: config.LOSS is 'hinge'" in str(error.value)
+    assert 0 < weightsOf(f'{config.OUTPUT_FOLDER}/seed-1/last.pt')[0] < 6
+    again = train.trainMembers(df, members[::2], ['cpu', 'cpu'])
+    config.OUTPUT_FOLDER += '/here'
+    for file, alone in zip(again, train.trainMembers(df, members[::2]), strict=True):
+        assertEqual(file.replace('best', 'last'), alone.replace('best', 'last'))
+
+
+@pytest.mark.parametrize(
+    ('members', 'words'),
+    [
+        ([{'seed': 1}, {'seed': 1}], 'Two members are seed-1'),
+        ([{'fold': 1}], "needs both 'fold' and 'of'"),
+        ([{'EPOCH': 1}], 'config has no EPOCH; the nearest names are EPOCHS'),
+    ],
+)
+def test_trainMembers_refusesUnclearMembers(df, members, words):
+    """Members that share a folder, half a fold and unknown names are refused before anything is trained."""
+    with pytest.raises(ValueError, match=words):
+        train.trainMembers(df, members)
+    assert not Path(config.OUTPUT_FOLDER).exists()
+
+
+# The script
+
+
+def test_readArguments_readsLiterals():
+    """Numbers, tuples and None are Python literals; a text needs no quotes."""
+    found = train.readArguments(
+        ['EPOCHS=50', "PLANES=('axial',)", 'PATIENCE=None', 'ENCODER_NAME=resnet18', 'EDITION=A']
+    )
+    assert found == {
+        'EPOCHS': 50, 'PLANES': ('axial',), 'PATIENCE': None, 'ENCODER_NAME': 'resnet18', 'EDITION': 'A',
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('argument', 'words'),
+    [
+        ('EPOCHS', "'EPOCHS' was given; NAME=value was expected"),
+        ('BATCH_SIZE=3', 'config has no BATCH_SIZE; the nearest names are .*BATCHSIZE'),
+        ('EPOCHS=many', "EPOCHS=many: 'many' is not a Python literal"),
+    ],
+)
+def test_readArguments_refusesOthers(argument, words):
+    """What is not NAME=value, an unknown name, and a value that cannot be read are named."""
+    with pytest.raises(ValueError, match=words):
+        train.readArguments([argument])
+
+
+def startRanks(folder, **values):
+    """Start train.py on two ranks by torchrun."""
+    names = (*config.DOCUMENT, *SMALL, 'DATA_FOLDER')
+    values = {name: getattr(config, name) for name in names} | {'OUTPUT_FOLDER': str(folder), 'EPOCHS': 3} | values
+    arguments = [f'{name}={value}' for name, value in values.items()]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', str(HOME / 'train.py'), *arguments]
+    environment = os.environ | {'OMP_NUM_THREADS': '1', 'TQDM_DISABLE': '1'}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_torchrun_trainsAsOneProcessAndSurvivesAKilledRank(df, tmp_path):
+    """Two ranks have the losses of one process; a killed rank ends both by name; resumed, the weights are the same."""
+    plain = {'SPATIAL_PROBABILITY': 0.0, 'CONTRAST_PROBABILITY': 0.0, 'INTENSITY_PROBABILITY': 0.0}
+    whole = startRanks(tmp_path / 'whole', **plain)
+    killed = startRanks(tmp_path / 'killed', **plain)
+    file = tmp_path / 'killed' / 'last.pt'
+    while not file.exists() and killed.poll() is None:
+        time.sleep(0.01)
+    ranks = psutil.Process(killed.pid).children()
+    ranks[-1].kill()
+    told = killed.communicate(timeout=120)[0]
+    assert killed.returncode != 0 and re.search(r'rank +: 1 \(local_rank: 1\)', told), told
+    assert whole.wait(timeout=120) == 0, whole.stdout.read()
+    assert weightsOf(file)[0] < 3
+    assert startRanks(tmp_path / 'killed', **plain).wait(timeout=120) == 0
+    assertEqual(tmp_path / 'whole' / 'last.pt', file)
+    vars(config).update(plain, EPOCHS=3, OUTPUT_FOLDER=str(tmp_path / 'alone'))
+    train.trainModel(*utils.split(df)[:2])
+    losses = [torch.load(tmp_path / name / 'last.pt', weights_only=True)['history'] for name in ('alone', 'whole')]
+    for one, other in zip(*losses, strict=True):
+        assert one['trainLoss'] == pytest.approx(other['trainLoss'], rel=5e-3)

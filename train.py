@@ -1,0 +1,330 @@
+"""Train as the notebook does: one network, or the members of an ensemble, on every device there is.
+
+    python train.py NAME=value ...
+    torchrun --nproc-per-node=2 train.py NAME=value ...
+
+Each NAME is one of `config`, its value a Python literal.
+"""
+
+import ast
+import contextlib
+import difflib
+import multiprocessing
+import os
+import queue
+import re
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm.auto import tqdm
+
+import batched
+import checkpoints
+import cohort
+import config
+import engine
+import preprocess
+import ranks
+import utils
+
+_OWN = ('TRAIN_FILE', 'VAL_FILE', 'LAST_CHECKPOINT', 'BEST_CHECKPOINT')  # of each member: they follow its OUTPUT_FOLDER
+
+
+def trainModel(traindf, valdf=None, tell=print):
+    """Train the network that `config` describes, as the notebook does, and return the path of its best weights.
+
+    A stopped run goes on where it was, and ends with the weights of an uninterrupted one. Under torchrun all ranks
+    train one network: `config.BATCHSIZE` is that of all ranks together, and the losses equal those of one process.
+
+    Args:
+        traindf: file list of the patients to train on.
+        valdf: of those to validate on. Without them nothing is chosen by a score: the last epoch is the best.
+        tell: called after each epoch with one line of text, on rank 0.
+
+    Returns:
+        str, `config.BEST_CHECKPOINT`.
+
+    Raises:
+        ValueError: bad data, or a run on other data in `config.OUTPUT_FOLDER`; as in the functions that are called.
+    """
+    with ranks.firstBeforeOthers():
+        numTrain = preprocess.makeDataset(traindf, config.TRAIN_FILE)
+        numVal = 0 if valdf is None else preprocess.makeDataset(valdf, config.VAL_FILE)
+    trainSet = utils.BRATSDataset(config.TRAIN_FILE, numTrain, raw=True)
+    valSet = utils.BRATSDataset(config.VAL_FILE, numVal, raw=True) if numVal else None
+    batches = ranks.TrainingBatches(numTrain, config.BATCHSIZE, config.SEED)
+    kind = torch.device(config.DEVICE).type
+    options = {'num_workers': config.LOADER_WORKERS, 'pin_memory': kind == 'cuda'}
+    trainLoader = torch.utils.data.DataLoader(trainSet, batch_sampler=batches, **options)
+    valLoader = None
+    if valSet is not None:
+        some = ranks.validationBatches(numVal, config.BATCHSIZE)
+        valLoader = torch.utils.data.DataLoader(valSet, batch_sampler=some, **options)
+    torch.manual_seed(config.SEED)
+    model, criterion = engine.makeModel(), engine.makeCriterion()
+    shared = ranks.share(model, criterion)
+    optimizer = torch.optim.Adam(model.parameters(), config.LEARN_RATE, weight_decay=config.WEIGHT_DECAY)
+    scaler = torch.amp.GradScaler(kind, enabled=engine.precision(kind) is torch.float16)
+    numSteps = config.EPOCHS * len(trainLoader)
+    scheduler, average = engine.makeScheduler(optimizer, numSteps), engine.makeAverage(model, numSteps)
+    run, augment = (model, optimizer, scheduler, scaler), batched.Batched(preprocess.makeTransforms()[0])
+    *_, start, _, _, best = checkpoints.loadCheckpoint(*run, config.LAST_CHECKPOINT, average)
+    for epoch in ranks.inStep(checkpoints.epochs(start)):
+        batches.epoch = epoch
+        ranks.seedEpoch(config.SEED, epoch)
+        loss = engine.train(shared, criterion, optimizer, scaler, trainLoader, augment, scheduler, average)
+        loss, dice = loss / batches.numSamples, None
+        valLoss, best = (loss, float('inf')) if valSet is None else (None, best)
+        if valSet is not None:
+            valLoss, dice = engine.validate(average or model, criterion, valLoader, dice=True)
+            valLoss /= numVal
+        if config.SCHEDULE == 'plateau':
+            scheduler.step(valLoss)
+        best = _save(epoch, run, loss, valLoss, best, average, dice, tell)
+    for dataset in (trainSet, valSet):
+        if dataset is not None:
+            dataset.file.close()
+    return config.BEST_CHECKPOINT
+
+
+def _save(epoch, run, loss, valLoss, best, average, dice, tell):
+    """Write the checkpoint of an epoch and tell of it, on rank 0; return the best validation loss on every rank."""
+    if ranks.rank() == 0:
+        best = checkpoints.makeCheckpoint(epoch, *run, loss, valLoss, best, average, dice)
+        scores = ', '.join(f'{region} {value:.3f}' for region, value in (dice or {}).items())
+        validated = f', validation {valLoss:.4f}, Dice {scores}' if dice else ''
+        tell(f'epoch {epoch + 1:3} of {config.EPOCHS}: loss {loss:.4f}{validated}')
+    return ranks.fromFirst(best)
+
+
+# Ensembles
+
+
+def trainMembers(df, members, devices=None):
+    """Train the members of an ensemble, several at a time if there are several devices.
+
+    Each member has a folder of its own below `config.OUTPUT_FOLDER`, with patches, checkpoints, history and `log.txt`.
+    A stopped run goes on where each member was. On one device the members are trained one after the other in this
+    process; on several, each in a process of its own, and a device that is free takes the next member. A script then
+    needs `if __name__ == '__main__':` around the call.
+
+    Args:
+        df: file list.
+        members: list of dicts. `{'fold': 0, 'of': 5}` is trained on fold 0 of `utils.splitFolds(df, 5)`; without a
+            fold, a member is trained and validated on the first two sets of `utils.split(df)`, the same for all.
+            `{'plane': 'coronal'}` learns slices of one plane, `{'seed': 1}` draws other weights and patches. Other
+            keys are names of `config`.
+        devices: names such as `['cuda:0', 'cuda:1']`; one may be named several times. Default: all GPUs if
+            `config.DEVICE` is 'cuda', else `config.DEVICE`.
+
+    Returns:
+        list of the paths of the members' best weights, in their order, for `utils.loadModel`.
+
+    Raises:
+        ValueError: a key of a member is unknown, or two members are the same.
+        RuntimeError: members failed. They are named with their errors, after the others have ended.
+    """
+    jobs = {}
+    for member in members:
+        name = _nameOf(member)
+        if name in jobs:
+            raise ValueError(f'Two members are {name}: they would share a folder.')
+        jobs[name] = _valuesOf(member, name)
+    sets = None if all('fold' in member for member in members) else cohort.split(df)
+    if sets:
+        cohort.writeSplit(sets, Path(config.OUTPUT_FOLDER, 'split.json'))
+    for member, (name, values) in zip(members, list(jobs.items()), strict=True):
+        isFold = 'fold' in member
+        jobs[name] = values, (cohort.splitFolds(df, member['of'])[member['fold']][0], None) if isFold else sets[:2]
+    if devices is None:
+        isMany = config.DEVICE == 'cuda' and torch.cuda.device_count() > 1
+        devices = [f'cuda:{number}' for number in range(torch.cuda.device_count())] if isMany else [config.DEVICE]
+    run = _runHere if len(devices) == 1 else _runOnDevices
+    failed = run(jobs, list(devices))
+    if failed:
+        reasons = '\n'.join(f'{name}: {reason}' for name, reason in failed.items())
+        raise RuntimeError(
+            f'{len(failed)} of {len(jobs)} members failed; the others are complete, and the call goes on where it was '
+            f'if it is run again.\n{reasons}'
+        )
+    return [str(Path(values['OUTPUT_FOLDER'], 'best.pt')) for values, _ in jobs.values()]
+
+
+def _nameOf(member):
+    """Return the name of a member's folder, such as 'fold-0_of-5'."""
+    text = '_'.join(f'{key}-{value}' for key, value in member.items())
+    return re.sub(r'[^\w.-]+', '-', text).strip('-') or 'member'
+
+
+def _valuesOf(member, name):
+    """Return the values of `config` with which a member is trained in the folder of its name."""
+    own = {key: value for key, value in member.items() if key not in ('fold', 'of')}
+    if ('fold' in member) != ('of' in member):
+        raise ValueError(f"The member {name} needs both 'fold' and 'of', such as {{'fold': 0, 'of': 5}}.")
+    if 'plane' in own:
+        own['PLANES'] = (own.pop('plane'),)
+    if 'seed' in own:
+        own['SEED'] = own.pop('seed')
+    checkNames(own)
+    values = {name: value for name, value in vars(config).items() if name.isupper() and name not in (*_OWN, '_FOUND')}
+    # hours from the start of this process, but a member's process starts later
+    return values | {'OUTPUT_FOLDER': str(Path(config.OUTPUT_FOLDER, name)), 'TIME_BUDGET': config.TIME_BUDGET} | own
+
+
+def checkNames(names):
+    """Raise a ValueError if `config` has no value of a name; the nearest names are told."""
+    known = [name for name in dir(config) if name.isupper() and not name.startswith('_')]
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name.upper(), known, 3, 0.5)
+            raise ValueError(f'config has no {name}; the nearest names are {", ".join(nearest) or "none"}.')
+
+
+def _runHere(jobs, devices):
+    """Train the members one after the other in this process; return a dict of name -> reason of those that failed."""
+    failed, before, screen = {}, dict(vars(config)), sys.stdout
+    for name, (values, sets) in jobs.items():
+        vars(config).update(values, DEVICE=devices[0])
+        try:
+            _trainMember(sets, lambda text, name=name: print(f'{name}: {text}', file=screen))
+        except Exception as error:  # whatever it is, the other members go on
+            failed[name] = f'{type(error).__name__}: {error}'
+        finally:
+            vars(config).clear()
+            vars(config).update(before)
+    return failed
+
+
+def _trainMember(sets, tell):
+    """Train one member, with its output in `log.txt` of its folder."""
+    file = Path(config.OUTPUT_FOLDER, 'log.txt')
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, 'a', buffering=1) as log, contextlib.redirect_stdout(log):
+        try:
+            trainModel(*sets, lambda text: (print(text), tell(text)))
+        except Exception:
+            traceback.print_exc(file=log)
+            raise
+
+
+def _runOnDevices(jobs, devices):
+    """Train each member in a process of its own on the next free device; return as `_runHere` does."""
+    context = multiprocessing.get_context('spawn')  # a forked process could not use the GPU
+    messages, waiting, failed = context.Queue(), list(jobs), {}
+    free, running, ended = list(devices), {}, set()
+    bars = {name: tqdm(total=jobs[name][0]['EPOCHS'], desc=name, position=at) for at, name in enumerate(jobs)}
+    numThreads = max(1, (os.cpu_count() or 1) // len(devices))
+    try:
+        while waiting or running:
+            while waiting and free:
+                name, device = waiting.pop(0), free.pop(0)
+                values, sets = jobs[name]
+                arguments = name, values | {'DEVICE': device}, sets, numThreads, checkpoints.hoursUsed(), messages
+                process = context.Process(target=_runMember, args=arguments)
+                process.start()
+                running[name] = process, device
+            with contextlib.suppress(queue.Empty):
+                name, state, text = messages.get(timeout=0.2)
+                _show(bars[name], state, text)
+                if state == 'failed':
+                    failed[name] = text
+                if state != 'epoch':
+                    ended.add(name)
+                continue
+            for name, (process, device) in list(running.items()):
+                if process.is_alive():
+                    continue
+                if name not in ended:
+                    failed[name] = f'its process ended with code {process.exitcode}; see log.txt in its folder.'
+                free.append(device)
+                del running[name]
+    finally:
+        for process, _ in running.values():  # after an interrupt
+            process.terminate()
+            process.join()
+        for bar in bars.values():
+            bar.close()
+    return failed
+
+
+def _show(bar, state, text):
+    """Move the bar of a member to the epoch that a line of text tells of."""
+    if state == 'epoch':
+        bar.n = int(re.match(r'epoch +(\d+)', text)[1])
+        bar.set_postfix_str(text.partition(': ')[2])
+    elif state == 'failed':
+        bar.set_postfix_str(f'failed: {text.splitlines()[0][:60]}')
+
+
+def _runMember(name, values, sets, numThreads, hoursUsed, messages):
+    """Train one member in this process, and put (name, state, text) into a queue."""
+    vars(config).update(values)
+    if config.TIME_BUDGET is not None:
+        config.TIME_BUDGET -= hoursUsed
+    torch.set_num_threads(numThreads)
+    if 'cuda' in config.DEVICE:
+        torch.cuda.set_device(config.DEVICE)
+    try:
+        with open(os.devnull, 'w') as nowhere, contextlib.redirect_stderr(nowhere):  # bars of other processes
+            _trainMember(sets, lambda text: messages.put((name, 'epoch', text)))
+        messages.put((name, 'ended', ''))
+    except Exception as error:
+        messages.put((name, 'failed', f'{type(error).__name__}: {error}'))
+
+
+# The script
+
+
+def readArguments(arguments):
+    """Return a dict of `config` names and values from texts such as 'EPOCHS=50'.
+
+    A value is a Python literal. Where `config` has a text or None, a plain text is accepted too.
+
+    Raises:
+        ValueError: a text is not NAME=value, the name is unknown, or the value cannot be read.
+    """
+    values = {}
+    for argument in arguments:
+        name, sign, text = argument.partition('=')
+        if not sign:
+            raise ValueError(f'{argument!r} was given; NAME=value was expected, such as EPOCHS=50.')
+        checkNames([name])
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            if not isinstance(getattr(config, name), (str, type(None))):
+                raise ValueError(f'{argument}: {text!r} is not a Python literal.') from None
+            values[name] = text
+    return values
+
+
+@record  # torchrun tells which rank failed, and why
+def main(arguments):
+    """Check and split the patients of `config.DATA_FOLDER`, and train on them; under torchrun with all ranks."""
+    vars(config).update(readArguments(arguments))
+    if 'RANK' in os.environ and int(os.environ['WORLD_SIZE']) > 1:
+        isOnGpu = config.DEVICE.startswith('cuda')
+        if isOnGpu:
+            config.DEVICE = f'cuda:{os.environ["LOCAL_RANK"]}'
+            torch.cuda.set_device(config.DEVICE)
+        # the others wait as long as rank 0 reads and cuts
+        torch.distributed.init_process_group('nccl' if isOnGpu else 'gloo', timeout=timedelta(hours=12))
+    sets = None
+    if ranks.rank() == 0:
+        df = utils.makeFileList()
+        sets = cohort.split(cohort.usable(df, cohort.checkFiles(df)))
+        cohort.writeSplit(sets, Path(config.OUTPUT_FOLDER, 'split.json'))
+    traindf, valdf, _ = ranks.fromFirst(sets)
+    best = trainModel(traindf, valdf, print)
+    if ranks.rank() == 0:
+        print(f'Weights of the best epoch: {best}. The test patients are in split.json beside it.')
+    if ranks.isMany():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
