@@ -5,6 +5,11 @@ import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 
 @contextmanager
 def writeAtomically(file):
@@ -12,7 +17,7 @@ def writeAtomically(file):
 
     The temporary file is `<file>.part`. Its name is always the same, so the next run overwrites what a killed one left.
     An older `file` stays untouched until the temporary file is complete and synced. If the block raises, the temporary
-    file is removed.
+    file is removed. It is locked, so that two processes do not write into it at once.
 
     Args:
         file: path of the file to write (str or Path). Missing folders are created.
@@ -22,23 +27,45 @@ def writeAtomically(file):
 
     Raises:
         OSError: the disk is full, read-only, or access is denied. The message names `file`.
+        BlockingIOError: another process is writing the file.
     """
     file = Path(file)
     part = file.with_name(file.name + '.part')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with open(part, 'rb+') as written:
-            os.fsync(written.fileno())
-        os.replace(part, file)
+        with _locked(part, file):
+            try:
+                yield part
+                with open(part, 'rb+') as written:
+                    os.fsync(written.fileno())
+                os.replace(part, file)
+            except BaseException:
+                with suppress(OSError):  # the first error says more
+                    part.unlink(missing_ok=True)
+                raise
     except BaseException as error:
-        if not isinstance(error, BlockingIOError):  # HDF5's lock: another process is writing this part
-            with suppress(OSError):  # the first error says more
-                part.unlink(missing_ok=True)
         number = _errnoOf(error)
         if number:  # errors about bad input have no number
             raise OSError(number, f'{file} could not be written: {os.strerror(number)}') from error
         raise
+
+
+@contextmanager
+def _locked(part, file):
+    """Hold a lock on a temporary file, which is made if it is missing; the system releases that of a killed process."""
+    if fcntl is None:
+        yield
+        return
+    with open(part, 'ab') as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f'Another process is writing {file}: wait for it, or set another config.OUTPUT_FOLDER.'
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def _errnoOf(error):

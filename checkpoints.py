@@ -100,8 +100,7 @@ def makeCheckpoint(
 
     Args:
         epoch: the epoch that has just ended, counted from 0; the history counts from 1.
-        model, optimizer, scaler: as in `engine.train`.
-        scheduler: learning rate scheduler, or None.
+        model, optimizer, scheduler, scaler: as in `engine.train`; the scheduler may be None.
         trainLoss, valLoss: losses of this epoch, per sample.
         bestValLoss: the best validation loss before this epoch; infinite at the start.
         average: moving average of the weights (`engine.makeAverage`). Without an optimizer, its weights are loaded.

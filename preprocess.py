@@ -158,7 +158,8 @@ def _writePatches(part, dataframe, transform, dtype, identity, known):
     absent, written = set(range(1, config.NO_CLASSES)), 0
     shapes = {'image': (len(config.MODALITIES), size, size), 'label': (size, size)}
     # no chunk cache: on a full disk HDF5 would fail again when it closes the file, and crash the process at its end
-    with h5py.File(part, 'w', rdcc_nbytes=0) as file:
+    # HDF5's own lock comes too late: the file has been emptied by then
+    with h5py.File(part, 'w', rdcc_nbytes=0, locking=False) as file:
         for name, kind in zip(_DATASETS, (dtype, np.uint8), strict=True):
             _createDataset(file, name, shapes[name], kind, compression='lzf')
         for name in _ORIGINS:

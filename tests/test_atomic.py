@@ -93,3 +93,15 @@ def test_writeAtomically_namesTheFileIfItsFolderIsAFile(tmp_path):
     message = r'output/a\.txt could not be written'
     with pytest.raises(OSError, match=message), writeAtomically(tmp_path / 'output' / 'a.txt'):
         pass
+
+
+def test_writeAtomically_refusesAFileThatAnotherProcessWrites(tmp_path):
+    """While one writer is at work, a second one is refused in words, and the first one's file is whole."""
+    with writeAtomically(tmp_path / 'a.txt') as part:
+        part.write_text('first')
+        with pytest.raises(BlockingIOError, match='Another process is writing'), writeAtomically(tmp_path / 'a.txt'):
+            raise AssertionError
+    assert (tmp_path / 'a.txt').read_text() == 'first'
+    with writeAtomically(tmp_path / 'a.txt') as part:
+        part.write_text('second')
+    assert (tmp_path / 'a.txt').read_text() == 'second'
