@@ -170,18 +170,38 @@ def readIdentity(file):
     """Return the identity that `makeDataset` wrote into a patch file.
 
     Args:
-        file: path, or open h5py.File.
+        file: path, or open h5py.File; or a list of the paths of all parts.
 
     Returns:
         dict as `identify` returns it, with `patients` and, for `checksums`, `files`.
 
     Raises:
-        KeyError, OSError, ValueError: not a patch file of this version.
+        KeyError, OSError, ValueError: not a patch file of this version; or not all parts of one.
     """
+    if isinstance(file, (list, tuple)):
+        return _mergeIdentities([readIdentity(part) for part in file])
     if not isinstance(file, h5py.File):
         with h5py.File(file, 'r') as opened:
             return readIdentity(opened)
     return json.loads(file['identity'][()])
+
+
+def _mergeIdentities(parts):
+    """Return the identity of a patch file whose parts have these: that of the whole, its patients in their order."""
+    numbers = [found.get('part', [0, 1]) for found in parts]
+    if sorted(numbers) != [[number, len(parts)] for number in range(len(parts))]:
+        raise ValueError(f'The files are the parts {numbers}; all parts [i, n] of one file were expected.')
+    for found in parts[1:]:
+        if differing := differences(parts[0], found, {**SEEN, **CUT}):
+            raise ValueError(f'The parts were cut with other settings: {"; ".join(differing)}.')
+    patients = {patient: content for found in parts for patient, content in found['patients'].items()}
+    if len(patients) < sum(len(found['patients']) for found in parts):
+        raise ValueError('The parts have patients in common: they are not of one file list.')
+    rows = {patient: row for found in parts for patient, row in found.get('rows', {}).items()}
+    files = {path: state for found in parts for path, state in found['files'].items()}
+    ordered = {patient: patients[patient] for patient in sorted(patients, key=lambda patient: rows.get(patient, 0))}
+    merged = {name: value for name, value in parts[0].items() if name not in ('part', 'rows')}
+    return merged | {'patients': ordered, 'files': files}
 
 
 def differences(found, expected, names):

@@ -26,13 +26,21 @@ from transforms import (
     windowStarts,
 )
 
-__all__ = ['RandomContrast', 'makeDataset', 'makeTransforms', 'transformCase', 'volumeTransform', 'windowStarts']
+__all__ = [
+    'RandomContrast',
+    'makeDataset',
+    'makeTransforms',
+    'partFile',
+    'transformCase',
+    'volumeTransform',
+    'windowStarts',
+]
 
 UNKNOWN = 'unknown'  # fingerprint of a transform that has none
 FORMAT = 5  # of the patch file; raised when its layout changes, so that older files are replaced
 
 
-def makeDataset(dataframe, filename, transform=None):
+def makeDataset(dataframe, filename, transform=None, part=None):
     """Write the patches of the patients of a file list to an `.h5` file and return how many there are.
 
     Every `config.SLICE_STEP`-th slice of each of `config.PLANES` is cut into as many overlapping windows of
@@ -41,10 +49,8 @@ def makeDataset(dataframe, filename, transform=None):
     slices, starts and background patches are drawn from `config.SEED` and the patient's id.
 
     The file is renamed to its final name when it is complete. If it exists and was cut from the same files with the
-    same settings, its checksums are verified and nothing is cut. The memory needed does not grow with the number of
-    patients. A message names the classes that no patch has.
-
-    The datasets of the file, with one patch per chunk:
+    same settings, its checksums are verified and nothing is cut. Memory does not grow with the number of patients. A
+    message names the classes that no patch has. The datasets of the file, with one patch per chunk:
     - `image` (N, C, 128, 128), float16 if all values lie in [-1, 1], else float32;
     - `label` (N, 128, 128), uint8 classes;
     - `patient`, `plane`, `slice`, `row`, `column` (N,), int32: where each patch comes from (`patient` and `plane` count
@@ -58,6 +64,8 @@ def makeDataset(dataframe, filename, transform=None):
         transform: torchio transform of the whole volume, in place of `volumeTransform()`. It must not be random:
             patients are cut in parallel. A lambda, a function of a notebook, or one that reads a global variable
             cannot be compared with an earlier one, so the file is then always replaced.
+        part: (i, n): cut part i of n (from 0), every n-th patient, into the file `partFile(filename, part)`. The parts
+            may be cut by n processes or machines; `utils.BRATSDataset` reads a list of their files as one.
 
     Returns:
         int, number of patches.
@@ -73,6 +81,9 @@ def makeDataset(dataframe, filename, transform=None):
         twice = dataframe.index[dataframe.index.duplicated()][0]
         raise ValueError(f'{filename}: patient {twice} is in the file list more than once.')
     identity, known = _identify(dataframe, transform), {}
+    if part is not None:
+        dataframe, own = _takePart(dataframe, part)
+        filename, identity = partFile(filename, part), identity | own
     numPatches = _countIfCurrent(filename, identity, dataframe, known)
     if numPatches is not None:
         print(f'{filename} exists, with {numPatches} patches of the same patients and settings.')
@@ -88,6 +99,21 @@ def makeDataset(dataframe, filename, transform=None):
     megabytes = Path(filename).stat().st_size / 1e6
     print(f'{filename}: {numPatches} patches of {len(dataframe)} patients, {megabytes:.0f} MB.')
     return numPatches
+
+
+def _takePart(dataframe, part):
+    """Return the patients of part (i, n) of a file list, and what its identity says of it."""
+    number, numParts = part
+    if not 0 <= number < numParts <= len(dataframe):
+        raise ValueError(f'part is {part}; (i, n) with 0 <= i < n <= {len(dataframe)} patients was expected.')
+    rows = {str(patient): row for row, patient in enumerate(dataframe.index) if row % numParts == number}
+    return dataframe.iloc[number::numParts], {'part': [number, numParts], 'rows': rows}
+
+
+def partFile(filename, part):
+    """Return the path of the file of part (i, n) of a patch file, such as 'train.0of4.h5'."""
+    path = Path(filename)
+    return str(path.with_name(f'{path.stem}.{part[0]}of{part[1]}{path.suffix}'))
 
 
 def _identify(dataframe, transform):
@@ -137,6 +163,7 @@ def _compare(found, identity, leftOut, dataframe, known):
     before = found['patients'] | {patient: content for patient, (_, content) in leftOut.items()}
     other = patientDifferences({'patients': before}, {'patients': contents})
     isReordered = list(found['patients']) != [patient for patient in contents if patient not in leftOut]
+    isReordered |= found.get('rows') != identity.get('rows')
     return [f'of its patients, {other}'] if other else ['another order of patients'] * isReordered
 
 

@@ -52,7 +52,7 @@ class StretchHistogram(tio.RescaleIntensity):
             inside -= low
             inside *= (self.out_max - self.out_min) / (high - low)
             inside += self.out_min
-            stretched[mask] = inside
+            stretched[mask] = np.clip(inside, self.out_min, self.out_max)  # rounding may exceed the ends
         return stretched
 
 

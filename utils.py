@@ -1,19 +1,20 @@
 """Load patches; and re-export the calls that the contract names under `utils`."""
 
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-import h5py
 import psutil
 import torch
 
 import config
 from checkpoints import epochs, loadCheckpoint, loadModel, makeCheckpoint, readHistory
 from cohort import checkFiles, describeCohort, readSplit, split, splitFolds, usable, writeSplit
-from identity import checkPatchFile, readIdentity
+from identity import checkPatchFile
 from metrics import computeMetrics
+from parts import openPatches
 from patients import makeFileList
 from pictures import makeGifs, plotCurves, plotPrediction, plotSample, plotTransforms
 from postprocess import saveProbabilities, saveSegmentation
@@ -56,15 +57,15 @@ class BRATSDataset(torch.utils.data.Dataset):
     machine's. Otherwise they are read from the file; one on a mounted Drive is copied to the local disk first.
 
     Args:
-        file: path of a file written by `preprocess.makeDataset`.
+        file: path of a file written by `preprocess.makeDataset`; or a list of the paths of all its parts.
         noSamples: number of patches to use, from the first; None: all.
         transform: torchio transform, applied to each patch on the CPU; None: the patch as stored.
         raw: a loader gets batches as stored, float16 (or float32) and uint8, for `batched.Batched`, `engine.train` and
             `engine.validate`, which convert them on the device. Not with a transform.
 
     Attributes:
-        file: the open h5py.File. Each loader process opens its own. `file.close()` may be called at any time; a patch
-            requested later opens the file again.
+        file: the open h5py.File, or `parts.Parts` of several. Each loader process opens its own. `file.close()` may be
+            called at any time; a patch requested later opens the file again.
         identity: what the patches were cut from and how, see `identity.identify`.
 
     Raises:
@@ -74,15 +75,17 @@ class BRATSDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, file, noSamples=None, transform=None, raw=False):
-        if not Path(file).is_file():
-            raise FileNotFoundError(f'{file} does not exist; preprocess.makeDataset writes it.')
+        paths = [str(path) for path in file] if isinstance(file, (list, tuple)) else str(file)
+        for path in paths if isinstance(paths, list) else [paths]:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f'{path} does not exist; preprocess.makeDataset writes it.')
         if raw and transform is not None:
             raise ValueError('raw = True returns patches as stored; it cannot be combined with a transform.')
-        self.path, self.transform, self.raw, self._cache, self._content = str(file), transform, raw, None, None
-        self._open()
+        self.path, self.transform, self.raw, self._cache, self._content = paths, transform, raw, None, None
         try:
-            self.identity = readIdentity(self.file)
-        except (KeyError, ValueError) as error:
+            self._open()
+            self.identity = json.loads(self.file['identity'][()])
+        except (KeyError, json.JSONDecodeError) as error:
             raise ValueError(f'{file} is of another version ({error}); preprocess.makeDataset cuts it anew.') from error
         checkPatchFile(file, self.identity)
         # which of the identity's patients each patch comes from
@@ -95,13 +98,13 @@ class BRATSDataset(torch.utils.data.Dataset):
         if size <= config.CACHE_PATCHES * _memory():
             # as tensors: workers share their memory, whether forked or spawned
             self._cache = tuple(torch.from_numpy(self.file[name][: self.noSamples]) for name in ('image', 'label'))
-        elif str(Path(file).resolve()).startswith(_DRIVE):  # each random read there takes a request
+        elif isinstance(paths, str) and str(Path(paths).resolve()).startswith(_DRIVE):  # a request for each random read
             self.file.close()
             self.path = str(shutil.copyfile(file, Path(tempfile.mkdtemp()) / Path(file).name))
             self._open()
 
     def _open(self):
-        self.file = h5py.File(self.path, 'r')
+        self.file = openPatches(self.path)
         self._process = os.getpid()
         content = self.file['identity'][()] if 'identity' in self.file else None
         if self._content not in (None, content):

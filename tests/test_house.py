@@ -18,6 +18,7 @@ ROOMS = {
     'transforms': 'config patients',
     'fingerprint': '',
     'identity': 'config fingerprint patients transforms',
+    'parts': 'identity',
     'trained': 'config cohort identity patients transforms',
     'recipe': 'config trained',
     'preprocess': 'config atomic identity parallel patients transforms',

@@ -29,6 +29,15 @@ def test_StretchHistogram_equalsTorchioInsideTheMask(kind):
     assert (stretched[~isBrain] == -1).all() and stretched[isBrain].min() == -1 and stretched[isBrain].max() == 1
 
 
+def test_stretch_staysInItsRangeWhateverIsRounded():
+    """The upper percentile becomes 1 and not 1.0000001: patches would be stored in float32, twice as large."""
+    transform, generator = transforms.volumeTransform(), np.random.default_rng(0)
+    for low, width in generator.uniform(1, 1000, (300, 2)):
+        values = np.array([low, low + width, 2 * (low + width)], np.float32)
+        stretched = transform.stretch(values, np.ones(3, bool), low, low + width)
+        assert stretched.max() <= 1 and stretched.min() >= -1
+
+
 @pytest.mark.parametrize('value', [0, 7])
 @pytest.mark.filterwarnings('error')
 def test_StretchHistogram_makesBackgroundOfAnEmptyOrConstantImage(value):
