@@ -218,7 +218,7 @@ def summarize(table):
         of the score (0 to 1, mm, ml), and `patients`. If the table has volumes, `emptyTruth` counts the
         patients without the region in the truth, and `emptyBoth` those without it in truth and prediction. No patient
         is left out: a NaN in the table makes the summary of that score NaN. A score that a rule does not have, NaN in
-        all its rows, has no summary.
+        all its rows, has no summary. With an infinite HD95 the mean is infinite and the deviation NaN.
 
     Raises:
         ValueError: if the table has no rows.
@@ -235,9 +235,10 @@ def summarize(table):
         if 'rule' in table:  # without the scores that this rule does not have
             scores = scores[scores.columns[table.loc[table['rule'] == keys[0], scores.columns].notna().any()]]
         values = np.sort(scores.to_numpy(dtype=float), axis=0)  # (patients, scores)
-        low, high = _bootstrapMean(values)
-        summary = {'mean': values.mean(0), 'median': np.median(values, axis=0)}
-        summary |= {'std': scores.std(skipna=False).to_numpy(), 'low': low, 'high': high, 'patients': len(part)}
+        with np.errstate(invalid='ignore'):  # of infinite distances
+            low, high = _bootstrapMean(values)
+            summary = {'mean': values.mean(0), 'median': np.median(values, axis=0)}
+            summary |= {'std': scores.std(skipna=False).to_numpy(), 'low': low, 'high': high, 'patients': len(part)}
         if 'volumeTruth' in part:
             isEmpty = part['volumeTruth'] == 0
             summary |= {'emptyTruth': isEmpty.sum(), 'emptyBoth': (isEmpty & (part['volumePredicted'] == 0)).sum()}
