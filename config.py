@@ -80,11 +80,9 @@ PATIENCE = 10  # epochs without a better validation loss after which training st
 # Prediction
 PREDICT_BATCH = 64  # patches of PATCH_SIZE x PATCH_SIZE per forward pass; bounds the memory
 
-# Scores. Patients are scored by the rules of BraTS 2020, lesions by the published script of 2023.
+# Scores. By default patients are scored by the rules of BraTS 2020, lesions by those of 2023; metrics/rules.py has all.
 REGIONS = {'WT': (1, 2, 3), 'TC': (1, 3), 'ET': (3,), 'NCR': (1,), 'ED': (2,)}  # classes of each region
-HD95_EMPTY = {'challenge': 373.12866, 'surface-distance': 374.0}  # mm, if one mask is empty; about BraTS's diagonal
-LESION_DILATION = 3  # iterations by which a true lesion is dilated to find what belongs to it
-LESION_SMALLEST = 50.0  # mm3; true lesions of this volume or less are not scored
+HD95_EMPTY = {'challenge': 373.12866, 'surface-distance': 374.0, 'pooled': 373.0}  # mm, if one mask is empty
 CONFIDENCE = 0.95  # level of the confidence interval of a mean
 BOOTSTRAP_RESAMPLES = 10_000  # for the interval
 

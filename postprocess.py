@@ -1,4 +1,4 @@
-"""Write predictions as NIfTI files, score folders of them; and re-export the rules against small components."""
+"""Write predictions as NIfTI files with their scores; and re-export what scores folders and removes components."""
 
 import gzip
 import json
@@ -13,7 +13,6 @@ import pandas as pd
 import segmentation_models_pytorch as smp
 import torch
 import torchio as tio
-from tqdm.auto import tqdm
 
 import config
 import metrics
@@ -22,8 +21,8 @@ from components import Tuning, applyRules, kindOf, relabelSmallET, removeSmallCo
 from engine import predictAll
 from fingerprint import fingerprint
 from identity import stretchingOf
-from parallel import leaveOut
-from patients import EDITIONS, checkGrid, detectEdition, hasFile, readVolume, spacingOf, toClasses
+from patients import EDITIONS, detectEdition, spacingOf
+from scoring import noScores, readPrediction, readSettings, scoreFolder
 from trained import followAll, membersFor, membersOf, trainedAmong
 
 __all__ = [
@@ -150,12 +149,7 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         if y is not None and str(patient) not in trained:
             scores[patient] = metrics.scorePatient(y, yhat, spacing)
             _addScores(metrics.scoreTable(scores), folder)
-    return metrics.scoreTable(scores) if scores else _noScores()
-
-
-def _noScores():
-    """Return an empty table of scores."""
-    return pd.DataFrame(columns=['patient', 'region'])
+    return metrics.scoreTable(scores) if scores else noScores()
 
 
 def _addScores(table, folder):
@@ -203,14 +197,6 @@ def _refuseOthers(folder, made):
     return before
 
 
-def readSettings(folder):
-    """Return the content of the `settings.json` of a folder of predictions, or above its `upload`; {} if none."""
-    for place in [Path(folder)] + [Path(folder).parent] * (Path(folder).name == 'upload'):
-        if (place / 'settings.json').is_file():
-            return json.loads((place / 'settings.json').read_text())
-    return {}
-
-
 def writeScores(scores, folder, model=None, df=None, **options):
     """Write `scores.csv` and `settings.json` into a folder.
 
@@ -238,7 +224,7 @@ def writeScores(scores, folder, model=None, df=None, **options):
 
 def _writeTable(scores, folder, about):
     """Write the table of some scores and what they depend on, as `writeScores` does, and return the table."""
-    table = metrics.scoreTable(scores) if scores else _noScores()
+    table = metrics.scoreTable(scores) if scores else noScores()
     with writeAtomically(Path(folder) / 'scores.csv') as part:
         table.to_csv(part, index=False)
     _writeSettings(folder, about)
@@ -259,92 +245,3 @@ def _writeSettings(folder, about):
     }
     with writeAtomically(Path(folder) / 'settings.json') as part:
         part.write_text(json.dumps(settings, indent=1, default=str))
-
-
-def scoreFolder(df, folder, rules=None):
-    """Score a folder of segmentations that any program wrote, by the rules of `metrics.scorePatient`.
-
-    Args:
-        df: file list of the patients with their true segmentations; patients without one are left out and counted, and
-            so are those that the model was trained on, if `predictFolder` or `writeScores` has noted them.
-        folder: holds `<patient>.nii.gz` or `.nii` for each patient, as `readPrediction` reads it.
-        rules: against small components, from `tunePostprocessing`, applied before scoring.
-
-    Returns:
-        DataFrame as `metrics.scoreTable` returns it.
-
-    Raises:
-        FileNotFoundError: predictions are missing; nothing is scored, because a mean over the others would mislead.
-        ValueError: a prediction cannot be read, lies on another grid or has other labels; a truth cannot be used and
-            `config.ON_BAD_PATIENT` is 'stop'; the rules do not fit the predictions, or were applied already.
-    """
-    about = readSettings(folder).get('prediction', {})
-    if rules is not None and about.get('rules'):
-        raise ValueError(f'The segmentations in {folder} have rules applied already: {about["rules"]}.')
-    rows = {patient: paths for patient, paths in df.iterrows() if hasFile(paths, 'seg')}
-    if len(rows) < len(df):
-        print(f'{len(df) - len(rows)} of {len(df)} patients have no true segmentation and are not scored.')
-    trained = [str(patient) for patient in rows if str(patient) in about.get('trainedOn', ())]
-    rows = {patient: paths for patient, paths in rows.items() if str(patient) not in trained}
-    if trained:
-        print(f'Not scored, because the model was trained on them: {", ".join(trained)}.')
-    missing = [patient for patient in rows if _findPrediction(patient, folder) is None]
-    if missing:
-        raise FileNotFoundError(
-            f'{folder} has no segmentation of {len(missing)} patients: {", ".join(map(str, missing[:5]))} ...'
-        )
-    scores = {}
-    for patient, paths in tqdm(rows.items(), 'score', leave=False):
-        try:
-            truth = _readTruth(paths)
-        except (ValueError, OSError) as error:
-            leaveOut(error, f'{len(scores)} of {len(rows)} patients were scored before.')
-            continue
-        spacing = spacingOf(paths)
-        yhat = applyRules(_readPredicted(paths, folder, *truth), rules, spacing, about.get('kind'))
-        scores[patient] = metrics.scorePatient(truth[0], yhat, spacing)
-    return metrics.scoreTable(scores) if scores else _noScores()
-
-
-def readPrediction(paths, folder):
-    """Return truth and prediction of one patient from a folder of segmentations.
-
-    Args:
-        paths: row of the file list (Series) with a true segmentation.
-        folder: holds `<patient>.nii.gz` or `.nii` in the labels of the patient's edition, on the grid of its images;
-            another axis order is corrected.
-
-    Returns:
-        y, yhat: uint8 (D, W, H), classes 0 to 3, slices first as `engine.predict` returns them.
-
-    Raises:
-        FileNotFoundError: the folder has no segmentation of the patient.
-        ValueError: it cannot be read, lies on another grid or has other labels.
-    """
-    truth = _readTruth(paths)
-    return truth[0], _readPredicted(paths, folder, *truth)
-
-
-def _readTruth(paths):
-    """Return the true classes of a patient, uint8 (D, W, H), and the affine of their file."""
-    truth, affine = readVolume(paths['seg'], paths.name)
-    return toClasses(truth, paths).transpose(2, 0, 1), affine  # (W, H, D) -> (D, W, H)
-
-
-def _readPredicted(paths, folder, truth, affine):
-    """Return the predicted classes of a patient on the grid of its truth, uint8 (D, W, H)."""
-    file = _findPrediction(paths.name, folder)
-    if file is None:
-        raise FileNotFoundError(f'{folder} has no segmentation of {paths.name}.')
-    volume, grid = readVolume(str(file), paths.name)
-    predicted = pd.Series({**paths, 'seg': str(file)}, name=paths.name)
-    shape = truth.shape[1:] + truth.shape[:1]  # (D, W, H) -> (W, H, D)
-    checkGrid(predicted, 'seg', volume.shape, grid, 'the true seg', shape, affine)
-    # by the edition of the truth: the prediction's name may not reveal it
-    return toClasses(volume, predicted, detectEdition(paths)).transpose(2, 0, 1)
-
-
-def _findPrediction(patient, folder):
-    """Return the path of a patient's segmentation in a folder, or None."""
-    files = (Path(folder) / f'{patient}{ending}' for ending in ('.nii.gz', '.nii'))
-    return next((file for file in files if file.is_file()), None)

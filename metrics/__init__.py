@@ -1,7 +1,7 @@
 """Score a segmentation: voxels, surface distances, lesions, patients."""
 
 from metrics.counts import confusionMatrix, countClasses, countsFromConfusion
-from metrics.distances import hausdorff95
+from metrics.distances import hausdorff95, surfaceDice
 from metrics.lesions import labelComponents, matchLesions, scoreLesions
 from metrics.scores import compareAverages, computeMetrics, scorePatient, scoreTable, summarize
 
@@ -18,4 +18,5 @@ __all__ = [
     'scorePatient',
     'scoreTable',
     'summarize',
+    'surfaceDice',
 ]

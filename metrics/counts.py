@@ -7,24 +7,26 @@ from scipy import ndimage
 import config
 
 
-def asClasses(classes, name):
+def asClasses(classes, name, numClasses=None):
     """Return classes as a uint8 array of the same shape.
 
     Args:
-        classes: tensor or array of any integer dtype, values 0 to 3. It is not changed.
+        classes: tensor or array of any integer dtype, values 0 to `numClasses` - 1. It is not changed.
         name: name of the argument in error messages.
+        numClasses: number of classes, the background included; default `config.NO_CLASSES`, 4.
 
     Raises:
-        ValueError: if the dtype is not an integer, there are no voxels, or a value lies outside 0 to 3.
+        ValueError: if the dtype is not an integer, there are no voxels, or a value is not a class.
     """
     array = asArray(classes)
-    expected = f'classes 0 to {config.NO_CLASSES - 1} were expected'
+    numClasses = numClasses or config.NO_CLASSES
+    expected = f'classes 0 to {numClasses - 1} were expected'
     if array.dtype.kind not in 'iu':
         raise ValueError(f'{name} has the dtype {array.dtype}; integer {expected}.')
     if array.size == 0:
         raise ValueError(f'{name} has the shape {array.shape} and no voxels; at least one voxel was expected.')
     # as an unsigned integer a negative value is a large one, so a single pass finds both
-    if array.view(array.dtype.str.replace('i', 'u')).max() >= config.NO_CLASSES:
+    if array.view(array.dtype.str.replace('i', 'u')).max() >= numClasses:
         raise ValueError(
             f'{name} has values from {array.min()} to {array.max()}; {expected}. Map raw labels, where 4 is the '
             'enhancing tumor, to classes first.'
@@ -37,26 +39,27 @@ def asArray(values):
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
-def asPair(y, yhat):
+def asPair(y, yhat, numClasses=None):
     """Return truth and prediction as two uint8 arrays of the same shape.
 
     Args:
-        y, yhat: tensors or arrays of any integer dtype, classes 0 to 3.
+        y, yhat: tensors or arrays of any integer dtype, values 0 to `numClasses` - 1.
+        numClasses: as in `asClasses`.
 
     Raises:
         ValueError: if y is None, the shapes differ, or one of them does not hold classes.
     """
     if y is None:
         raise ValueError('y is None: the patient has no true segmentation to compare with.')
-    y, yhat = asClasses(y, 'y'), asClasses(yhat, 'yhat')
+    y, yhat = asClasses(y, 'y', numClasses), asClasses(yhat, 'yhat', numClasses)
     if y.shape != yhat.shape:
         raise ValueError(f'y has the shape {y.shape}, yhat {yhat.shape}; equal shapes were expected.')
     return y, yhat
 
 
-def asVolumes(y, yhat):
+def asVolumes(y, yhat, numClasses=None):
     """Return truth and prediction as `asPair` does; raise ValueError unless they have three axes."""
-    y, yhat = asPair(y, yhat)
+    y, yhat = asPair(y, yhat, numClasses)
     if y.ndim != 3:
         raise ValueError(f'y has the shape {y.shape}; a volume with three axes was expected.')
     return y, yhat
@@ -93,6 +96,14 @@ def boundingBox(mask):
         profile = mask.any(tuple(other for other in range(mask.ndim) if other != axis))
         box += ndimage.find_objects(profile.view(np.uint8), max_label=1)[0] or (slice(0, 0),)
     return box
+
+
+def widenBox(box, margin, shape):
+    """Return a box of slices with a margin in voxels on all sides, as far as the volume has them."""
+    return tuple(
+        slice(max(each.start - margin, 0), min(each.stop + margin, length)) if each.stop else each
+        for each, length in zip(box, shape, strict=True)
+    )
 
 
 def confusionMatrix(y, yhat):

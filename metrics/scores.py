@@ -7,8 +7,10 @@ import pandas as pd
 from scipy import stats
 
 import config
-from metrics.counts import asPair, asSpacing, asVolumes, boundingBox, confusionMatrix, countsFromConfusion
-from metrics.distances import hausdorff95
+from metrics.counts import asPair, asSpacing, asVolumes, boundingBox, confusionMatrix, countsFromConfusion, widenBox
+from metrics.distances import hausdorff95, surfaceDice
+from metrics.lesions import keptPrediction
+from metrics.rules import findRule
 
 _BATCH = 100  # bootstrap resamples drawn at once; bounds the memory
 
@@ -105,50 +107,81 @@ def _scoreUnits(matrices):
     return np.where(np.isnan(scores), isEmpty, scores)
 
 
-def scorePatient(y, yhat, spacing=(1, 1, 1)):
-    """Score one patient region by region, by the rules of BraTS 2020.
+def scorePatient(y, yhat, spacing=(1, 1, 1), rule='BraTS2020'):
+    """Score one patient region by region, over the whole volume, by the rules of a challenge.
 
     Args:
         y, yhat: truth and prediction, tensors or arrays of integers of the same shape (axes in any order), classes 0 to
-            3. The y and yhat of `engine.predict` can be passed as they are.
+            3, and 4 for the resection cavity where the rule has the region `RC`. The y and yhat of `engine.predict` can
+            be passed as they are.
         spacing: mm between voxels along each axis of the arrays.
+        rule: 'BraTS2020', 'BraTS2023', 'BraTS2024' (GLI of 2024 and 2025), 'BraTS2024-SSA' (BraTS-Africa of both years)
+            or 'BraTS2026'. From 2023 on three axes are needed. From 2023 to 2025 the challenges rank by
+            `metrics.scoreLesions`.
 
     Returns:
-        DataFrame with the rows `WT`, `TC`, `ET`, `NCR`, `ED` and the columns `dice`, `sensitivity`, `specificity`,
-        `precision` (0 to 1), `hd95` (mm, see `hausdorff95`), `volumeTruth`, `volumePredicted` (ml). No score is NaN.
-        A region empty in truth and prediction has Dice, sensitivity and precision 1 and HD95 0. A region empty in one
-        of them has Dice, sensitivity and precision 0 and HD95 373.12866. A region that fills the volume has
-        specificity 1.
+        DataFrame with the rows `WT`, `TC`, `ET`, `NCR`, `ED` (of other rules: those of `metrics.scoreLesions`) and the
+        columns `dice`, `sensitivity`, `specificity`, `precision` (0 to 1), `hd95` (mm, see `hausdorff95`),
+        `volumeTruth`, `volumePredicted` (ml), from 2024 on `nsd0.5` and `nsd1.0` (0 to 1), or the first of them: the
+        surface Dice at that tolerance in mm. A region empty in truth and prediction has Dice, NSD, sensitivity and
+        precision 1 and HD95 0. A region empty in one of them has Dice, NSD, sensitivity and precision 0 and the HD95 of
+        the rule: 373.12866, 374 ('BraTS2023', 'BraTS2024-SSA'), 337 ('BraTS2024') or 373 mm. A region that fills the
+        volume has specificity 1. No score is NaN.
+
+        'BraTS2024' and 'BraTS2024-SSA' remove small predicted lesions first, each region for itself, and
+        `volumePredicted` is what is left. By 'BraTS2026' a region without a common voxel has Dice and NSD 0 and HD95
+        373 mm, and a region empty in truth and prediction has no score: NaN.
 
     Raises:
-        ValueError: if shapes, dtypes or classes are not as above, or the spacing does not fit.
+        ValueError: if shapes, dtypes or classes are not as above, the spacing does not fit, or the rule is unknown.
 
     Reference:
-        Bakas et al., arXiv:1811.02629, section on evaluation. The rules for empty regions are those of the challenge's
-        evaluation platform.
+        Bakas et al., arXiv:1811.02629, section on evaluation. The rules for empty regions of 2020 are those of the
+        challenge's evaluation platform; for later years see `metrics.scoreLesions`.
     """
-    y, yhat = asPair(y, yhat)
+    rule = findRule(rule)
+    y, yhat = (asPair if rule.hd95 == 'challenge' else asVolumes)(y, yhat, rule.numClasses())
     spacing = asSpacing(spacing, y.ndim)
-    ml = float(np.prod(spacing)) / 1000  # of one voxel
-    matrix = confusionMatrix(y, yhat)
-    box = boundingBox(y | yhat)
+    numVoxels = y.size
+    margin = max(region.dilation for region in rule.namedRegions().values()) if rule.isPredictionDilated else 0
+    box = widenBox(boundingBox(y | yhat), margin, y.shape)
     y, yhat = y[box], yhat[box]
     rows = {}
-    for region, classes in config.REGIONS.items():
-        isIn = np.isin(np.arange(config.NO_CLASSES), classes)
-        TP, FN = matrix[isIn][:, isIn].sum(), matrix[isIn][:, ~isIn].sum()
-        FP, TN = matrix[~isIn][:, isIn].sum(), matrix[~isIn][:, ~isIn].sum()
-        isEmpty = float(TP + FP + FN == 0)
-        rows[region] = {
-            'dice': 2 * TP / (2 * TP + FP + FN) if not isEmpty else 1.0,
-            'sensitivity': TP / (TP + FN) if TP + FN else isEmpty,
-            'specificity': TN / (TN + FP) if TN + FP else 1.0,
-            'precision': TP / (TP + FP) if TP + FP else isEmpty,
-            'hd95': hausdorff95(isIn[y], isIn[yhat], spacing),
-            'volumeTruth': (TP + FN) * ml,
-            'volumePredicted': (TP + FP) * ml,
-        }
+    for name, region in rule.namedRegions().items():
+        isIn = rule.classTable(name)
+        rows[name] = _scoreRegion(isIn[y], keptPrediction(isIn[yhat], region), numVoxels, spacing, rule)
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('region')
+
+
+def _scoreRegion(truth, prediction, numVoxels, spacing, rule):
+    """Return the scores of one region, name -> number.
+
+    Args:
+        truth, prediction: bool arrays of the same shape, cut out of a volume around both.
+        numVoxels: of the whole volume.
+    """
+    TP = np.count_nonzero(truth & prediction)
+    FN, FP = np.count_nonzero(truth) - TP, np.count_nonzero(prediction) - TP
+    TN = numVoxels - TP - FN - FP
+    ml = float(np.prod(spacing)) / 1000  # of one voxel
+    isEmpty = TP + FP + FN == 0
+    empty = float(isEmpty) if rule.isEmptyScored or not isEmpty else np.nan  # of a score that is 0 / 0
+    isPenalized = not isEmpty and (TP == 0 if rule.isOverlapNeeded else TP + FN == 0 or TP + FP == 0)
+    if isPenalized or isEmpty:
+        hd95, nsd = rule.penalty if isPenalized else 1 - empty, dict.fromkeys(rule.tolerances, empty)
+    else:
+        hd95 = hausdorff95(truth, prediction, spacing, rule.hd95)
+        nsd = {limit: surfaceDice(truth, prediction, limit, spacing) for limit in rule.tolerances}
+    return {
+        'dice': 2 * TP / (2 * TP + FP + FN) if not isEmpty else empty,
+        'sensitivity': TP / (TP + FN) if TP + FN else empty,
+        'specificity': TN / (TN + FP) if TN + FP else 1.0,
+        'precision': TP / (TP + FP) if TP + FP else empty,
+        'hd95': hd95,
+        'volumeTruth': (TP + FN) * ml,
+        'volumePredicted': (TP + FP) * ml,
+        **{f'nsd{limit}': value for limit, value in nsd.items()},
+    }
 
 
 def scoreTable(scores):
@@ -177,14 +210,15 @@ def summarize(table):
     patients does not matter.
 
     Args:
-        table: DataFrame returned by `scoreTable`.
+        table: DataFrame returned by `scoreTable`, or by `postprocess.scoreFolder` with the column `rule`.
 
     Returns:
-        DataFrame with the index levels `region` and `score` and the columns `mean`, `median`, `std` (n - 1 in the
-        denominator; NaN for one patient), `low`, `high` (the interval), all in the unit of the score (0 to 1, mm, ml),
-        and `patients`. If the table has volumes, `emptyTruth` counts the patients without the region in the truth, and
-        `emptyBoth` those without it in truth and prediction. No patient is left out: a NaN in the table makes the
-        summary of that score NaN.
+        DataFrame with the index levels `rule` (if the table has it), `region` and `score` and the columns `mean`,
+        `median`, `std` (n - 1 in the denominator; NaN for one patient), `low`, `high` (the interval), all in the unit
+        of the score (0 to 1, mm, ml), and `patients`. If the table has volumes, `emptyTruth` counts the
+        patients without the region in the truth, and `emptyBoth` those without it in truth and prediction. No patient
+        is left out: a NaN in the table makes the summary of that score NaN. A score that a rule does not have, NaN in
+        all its rows, has no summary. With an infinite HD95 the mean is infinite and the deviation NaN.
 
     Raises:
         ValueError: if the table has no rows.
@@ -195,17 +229,21 @@ def summarize(table):
     if table.empty:
         raise ValueError('The table has no rows; at least one patient was expected.')
     summaries = {}
-    for region, part in table.groupby('region', sort=False):
-        scores = part.drop(columns=['patient', 'region'])
+    levels = ['rule', 'region'] if 'rule' in table else ['region']
+    for keys, part in table.groupby(levels if 'rule' in table else 'region', sort=False):
+        scores = part.drop(columns=['patient', *levels])
+        if 'rule' in table:  # without the scores that this rule does not have
+            scores = scores[scores.columns[table.loc[table['rule'] == keys[0], scores.columns].notna().any()]]
         values = np.sort(scores.to_numpy(dtype=float), axis=0)  # (patients, scores)
-        low, high = _bootstrapMean(values)
-        summary = {'mean': values.mean(0), 'median': np.median(values, axis=0)}
-        summary |= {'std': scores.std(skipna=False).to_numpy(), 'low': low, 'high': high, 'patients': len(part)}
+        with np.errstate(invalid='ignore'):  # of infinite distances
+            low, high = _bootstrapMean(values)
+            summary = {'mean': values.mean(0), 'median': np.median(values, axis=0)}
+            summary |= {'std': scores.std(skipna=False).to_numpy(), 'low': low, 'high': high, 'patients': len(part)}
         if 'volumeTruth' in part:
             isEmpty = part['volumeTruth'] == 0
             summary |= {'emptyTruth': isEmpty.sum(), 'emptyBoth': (isEmpty & (part['volumePredicted'] == 0)).sum()}
-        summaries[region] = pd.DataFrame(summary, index=scores.columns)
-    return pd.concat(summaries, names=['region', 'score'])
+        summaries[keys] = pd.DataFrame(summary, index=scores.columns)
+    return pd.concat(summaries, names=[*levels, 'score'])
 
 
 def _bootstrapMean(values):

@@ -13,7 +13,8 @@ import metrics
 import patients
 import phantom
 import postprocess
-from conftest import COLUMNS
+from conftest import COLUMNS, save
+from metrics.rules import RULES
 
 PATIENT = 'BraTS20_Training_001'
 
@@ -362,6 +363,105 @@ def test_scoreFolder_refusesAMissingOrForeignPrediction(df, tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), source.affine), file)
     with pytest.raises(ValueError, match=r'BraTS20_Training_003.*has \(4, 4, 4\) voxels'):
         postprocess.scoreFolder(rows, tmp_path)
+
+
+def test_scoreFolder_scoresByEveryChallenge(df, tmp_path):
+    """The rows of a rule are those of scorePatient, and of scoreLesions beside them; what a rule lacks is NaN."""
+    rows = df[df['seg'].notna()]
+    moved = {}
+    for patient, paths in rows.iterrows():
+        moved[patient] = np.roll(patients.readLabel(paths).transpose(2, 0, 1), 2, axis=1)
+        postprocess.saveSegmentation(moved[patient], paths, tmp_path / f'{patient}.nii.gz')
+    names = list(RULES)
+    table = postprocess.scoreFolder(rows, tmp_path, challenges=names)
+    assert list(table['rule'].unique()) == names and set(table['patient']) == set(rows.index)
+    for (name, patient), part in table.groupby(['rule', 'patient']):
+        y, part = patients.readLabel(rows.loc[patient]).transpose(2, 0, 1), part.set_index('region')
+        spacing = patients.spacingOf(rows.loc[patient])
+        expected = metrics.scorePatient(y, moved[patient], spacing, name)
+        pd.testing.assert_frame_equal(part[expected.columns], expected, check_names=False)
+        if name == 'BraTS2020':
+            assert part.filter(like='lesion').isna().all(axis=None) and part['nsd0.5'].isna().all()
+        else:
+            lesions = metrics.scoreLesions(y, moved[patient], spacing, name)
+            np.testing.assert_allclose(part['lesionDice'], lesions['dice'])
+            np.testing.assert_allclose(part['lesionHd95'], lesions['hd95'])
+            assert part['lesionFalsePositive'].tolist() == lesions['falsePositive'].tolist()
+    plain = postprocess.scoreFolder(rows, tmp_path)
+    first = table[table['rule'] == 'BraTS2020'][plain.columns].reset_index(drop=True)
+    pd.testing.assert_frame_equal(first, plain)
+
+
+def test_scoreFolder_countsWhatCannotBeScoredAsMissing(df, tmp_path, capsys):
+    """No file, and a file on another grid: named, Dice 0 and the penalty in every region; the mean is over both."""
+    rows = df[df['seg'].notna()]
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / f'{rows.index[1]}.nii.gz')
+    table = postprocess.scoreFolder(rows, tmp_path, challenges=['BraTS2020', 'BraTS2024', 'BraTS2026'])
+    printed = capsys.readouterr().out
+    assert '2 of 2 patients count as missing' in printed and f'no segmentation of {rows.index[0]}' in printed
+    assert f'{rows.index[1]}' in printed and 'has (4, 4, 4) voxels' in printed
+    assert (table[['dice', 'sensitivity', 'specificity', 'volumePredicted']] == 0).all(axis=None)
+    for name, penalty in (('BraTS2020', 373.12866), ('BraTS2024', 337), ('BraTS2026', 373)):
+        part = table[table['rule'] == name]
+        assert (part['hd95'] == penalty).all() and part['volumeTruth'].gt(0).any()
+        if name != 'BraTS2020':
+            assert (part['lesionHd95'] == penalty).all() and (part['lesionDice'] == 0).all()
+            assert part['lesionMissed'].sum() > 0 and (part['lesionFalsePositive'] == 0).all()
+    # RC is in neither truth nor prediction, and counts nevertheless
+    assert {'RC'} < set(table['region']) and table.groupby('rule')['patient'].nunique().eq(2).all()
+
+
+def test_scoreFolder_scoresTheCavityOfTheFiles(writeCase, tmp_path):
+    """Label 4 of an edition after treatment is RC by 2024's rule, and background by 2023's."""
+    config.EDITION = 'BraTS2024'
+    label = np.zeros((20, 20, 20), np.uint8)
+    label[2:6, 2:6, 2:6], label[10:16, 10:14, 10:14] = 2, 4
+    volumes = {**dict.fromkeys(('t1n', 't1c', 't2w', 't2f'), np.ones(label.shape, np.int16)), 'seg': label}
+    folder = tmp_path / 'BraTS-GLI-00001-101'
+    for name, volume in volumes.items():
+        save(volume, folder / f'BraTS-GLI-00001-101-{name}.nii.gz')
+    df = patients.makeFileList(tmp_path)
+    half = label.copy()
+    half[13:][half[13:] == 4] = 0
+    save(half, tmp_path / 'out' / f'{df.index[0]}.nii.gz')
+    table = postprocess.scoreFolder(df, tmp_path / 'out', challenges=['BraTS2023', 'BraTS2024']).set_index('region')
+    of2024 = table[table['rule'] == 'BraTS2024']
+    assert of2024.loc['RC', ['dice', 'lesionDice']].tolist() == [pytest.approx(2 / 3)] * 2
+    assert of2024.loc['RC', 'volumeTruth'] == pytest.approx(0.096)
+    assert (of2024.drop('RC')['dice'] == 1).all() and (table[table['rule'] == 'BraTS2023']['dice'] == 1).all()
+
+
+def test_scoreFolder_mergesAlongTheAxesOfTheFiles(writeCase, tmp_path):
+    """Which lesions are merged follows the file's axes: the same voxels stored from left to right or right to left.
+
+    Two necrotic lesions lie on an enhancing one each; a third touches both enhancing ones and joins the lower-numbered.
+    """
+    label = np.zeros((60, 12, 12), np.uint8)
+    for start, stop in ((2, 5), (19, 32), (50, 53)):
+        label[start:stop, 5:8, 4:8] = 1
+    label[0:21, 4, 4:8], label[30:60, 4, 4:8] = 3, 3
+    yhat = label.copy()
+    yhat[2:5][yhat[2:5] == 1] = 0  # the first necrotic lesion is not found
+    missed = []
+    for number, direction in enumerate((1, -1)):
+        patient = f'BraTS20_Training_00{number + 1}'
+        seg = np.where(label == 3, 4, label)[::direction]
+        volumes = {**dict.fromkeys(COLUMNS, np.ones(label.shape, np.int16)), 'seg': seg}
+        affine = np.diag([direction, 1, 1, 1])
+        df = pd.DataFrame([writeCase(volumes, patient, affine=affine)], index=[patient])
+        folder = tmp_path / f'out{number}'
+        save(np.where(yhat == 3, 4, yhat)[::direction], folder / f'{patient}.nii.gz', affine)
+        table = postprocess.scoreFolder(df, folder, challenges=['BraTS2024']).set_index('region')
+        expected = metrics.scoreLesions(label[::direction], yhat[::direction], rule='BraTS2024')
+        assert table.loc['NETC', 'lesionDice'] == expected.loc['NETC', 'dice']
+        missed.append(expected.loc['NETC', 'missed'])
+    assert missed == [0, 1]
+
+
+def test_scoreFolder_refusesAnUnknownChallenge(df, tmp_path):
+    """A misspelled challenge is refused before anything is read."""
+    with pytest.raises(ValueError, match="rule is 'BraTS24'; there are scores by BraTS2020, BraTS2023"):
+        postprocess.scoreFolder(df, tmp_path, challenges=['BraTS2020', 'BraTS24'])
 
 
 def test_readPrediction_returnsWhatWasSaved(df, tmp_path):

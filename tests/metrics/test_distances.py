@@ -152,6 +152,74 @@ def test_hausdorff95_isInvariant(rule):
         assert metrics.hausdorff95(*turned, spacing[[2, 0, 1]], rule) == pytest.approx(found)
 
 
+def test_hausdorff95_pooledCountsBothDirections():
+    """Eleven voxels at 0 to 10 mm from the predicted one, and that at 0 mm: of the twelve distances 9.45 mm."""
+    truth, prediction = _voxels((1, 1, 11), (0, 0, slice(None))), _voxels((1, 1, 11), (0, 0, 0))
+    assert metrics.hausdorff95(truth, prediction, (1, 1, 1), 'pooled') == pytest.approx(9.45)
+    assert metrics.hausdorff95(prediction, truth, (5, 5, 2), 'pooled') == pytest.approx(18.9)
+    empty = np.zeros((1, 1, 11), bool)
+    assert metrics.hausdorff95(empty, truth, rule='pooled') == 373 and metrics.hausdorff95(empty, empty) == 0
+
+
+@pytest.mark.parametrize(('tolerance', 'within'), [(0, 1), (0.5, 1), (1, 2), (2.4, 3), (100, 11)])
+def test_surfaceDice_isTheMeanOfBothFractions(tolerance, within):
+    """Of eleven voxels some are within the tolerance of the predicted one, which is one of them: the mean of both."""
+    truth, prediction = _voxels((1, 1, 11), (0, 0, slice(None))), _voxels((1, 1, 11), (0, 0, 0))
+    expected = pytest.approx((within / 11 + 1) / 2)
+    assert metrics.surfaceDice(truth, prediction, tolerance) == expected
+    assert metrics.surfaceDice(prediction, truth, tolerance) == expected
+
+
+def test_surfaceDice_measuresInMmAlongEachAxis():
+    """A mask moved by one voxel lies within a tolerance from the spacing of that axis on."""
+    cube = _voxels((7, 7, 7), (slice(2, 4), slice(2, 4), slice(2, 4)))
+    for axis, spacing in enumerate((1.0, 2.5, 4.0)):
+        moved = np.roll(cube, 2, axis)  # no common voxel: half of the surface is one voxel away, half two
+        assert metrics.surfaceDice(cube, moved, 0.99 * spacing, (1.0, 2.5, 4.0)) == 0
+        assert metrics.surfaceDice(cube, moved, spacing, (1.0, 2.5, 4.0)) == pytest.approx(1 / 2)
+
+
+def test_surfaceDice_surfaceIncludesTheBorder():
+    """A mask that fills the volume has its shell as surface: of 98 voxels, none is the middle one of the other."""
+    cube, middle = np.ones((5, 5, 5), bool), _voxels((5, 5, 5), (2, 2, 2))
+    assert metrics.surfaceDice(cube, middle, 0.5) == 0  # the middle is within the cube, not on its surface
+    assert metrics.surfaceDice(cube, middle, 2) == pytest.approx((6 / 98 + 1) / 2)
+
+
+@pytest.mark.parametrize('rule', ['challenge', 'surface-distance'])
+def test_surfaceDice_ofEmptyMasks(rule):
+    """1 if both masks are empty, 0 if one is, 1 of a mask with itself."""
+    full, empty = np.ones((3, 4, 5), bool), np.zeros((3, 4, 5), bool)
+    found = [metrics.surfaceDice(*pair, 1, rule=rule) for pair in ((empty, empty), (full, empty), (empty, full))]
+    assert found == [1, 0, 0] and metrics.surfaceDice(full, full, 0, rule=rule) == 1
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.parametrize('kind', ['noise', 'points', 'smooth'])
+def test_surfaceDice_equalsSurfaceDistance(kind):
+    """On 40 random pairs of masks with random spacing, at four tolerances, it equals the package's under its rule."""
+    for seed in range(40):
+        truth, prediction, spacing = _masks(kind, seed)
+        surfaces = surface_distance.compute_surface_distances(truth, prediction, spacing)
+        for tolerance in (0.5, 1.0, 2.001, 6.501):
+            expected = surface_distance.compute_surface_dice_at_tolerance(surfaces, tolerance)
+            found = metrics.surfaceDice(truth, prediction, tolerance, spacing, rule='surface-distance')
+            assert found == pytest.approx(expected, abs=1e-9), (seed, tolerance)
+
+
+def test_surfaceDice_refusesBadArguments():
+    """A negative tolerance, an unknown rule and other masks raise an error that names what was found."""
+    mask = np.ones((2, 2, 2), bool)
+    with pytest.raises(ValueError, match='tolerance is -1; 0 mm or more'):
+        metrics.surfaceDice(mask, mask, -1)
+    with pytest.raises(ValueError, match="rule is 'pooled'"):
+        metrics.surfaceDice(mask, mask, 1, rule='pooled')
+    with pytest.raises(ValueError, match='truth is int64'):
+        metrics.surfaceDice(mask.astype(np.int64), mask, 1)
+    with pytest.raises(ValueError, match='2 axes'):
+        metrics.surfaceDice(mask[0], mask[0], 1, (1, 1), rule='surface-distance')
+
+
 def test_hausdorff95_refusesBadArguments():
     """Other shapes or dtypes, a bad spacing and an unknown rule raise an error that names what was found."""
     mask = np.ones((2, 2, 2), bool)

@@ -114,3 +114,24 @@ def test_scoreLesions_staysWithinItsBounds(pair):
     assert table.dice.between(0, 1).all() and table.hd95.between(0, 374).all()
     assert (table[['missed', 'falsePositive']] >= 0).all(axis=None)
     assert metrics.scoreLesions(pair[0], pair[0])[['dice', 'hd95']].to_numpy().tolist() == [[1, 0]] * 3
+
+
+@many
+@given(pairs(st.integers(0, 4)))
+def test_scoreLesions_of2026OfAPerfectPrediction(pair):
+    """Any segmentation compared with itself has no false lesion; its scores are perfect, or NaN without the region."""
+    table = metrics.scoreLesions(pair[0], pair[0], rule='BraTS2026')
+    assert (table[['missed', 'falsePositive']] == 0).all(axis=None)
+    assert table.dice.isin([1, np.nan]).all() and table.hd95.isin([0, np.nan]).all()
+
+
+@many
+@given(pairs(st.integers(0, 4)), SPACINGS, st.sampled_from(['BraTS2024', 'BraTS2026']))
+def test_scores_stayWithinTheirBoundsByAnyRule(pair, spacing, rule):
+    """Dice and NSD are 0 to 1 and HD95 not negative, or NaN; of 2024 no score is NaN and HD95 is 337 mm at most."""
+    for table in (metrics.scoreLesions(*pair, spacing, rule), metrics.scorePatient(*pair, spacing, rule)):
+        fractions = table[[name for name in table if name == 'dice' or (name[:3] == 'nsd' and 'Std' not in name)]]
+        assert (fractions.isna() | fractions.ge(0) & fractions.le(1 + 1e-12)).all(axis=None)
+        assert (table.hd95.isna() | (table.hd95 >= 0)).all()
+        if rule == 'BraTS2024':
+            assert table.notna().all(axis=None) and (table.hd95 <= 337).all()

@@ -187,6 +187,26 @@ def test_summarize_isHandCounted():
     assert row[['patients', 'emptyTruth', 'emptyBoth']].tolist() == [3, 1, 1]
 
 
+def test_summarize_ofEachRule():
+    """With a column `rule` each rule has its own means, of the scores that it has only."""
+    tables = {rule: metrics.scoreTable(_scores({'a': 0.0, 'b': value})) for rule, value in (('one', 0.5), ('two', 0.7))}
+    tables['two']['nsd0.5'] = [0.25, 0.75]
+    table = pd.concat([each.assign(rule=rule) for rule, each in tables.items()], ignore_index=True)
+    summary = metrics.summarize(table)
+    assert summary.index.names == ['rule', 'region', 'score']
+    assert summary.loc[('one', 'ET', 'dice'), 'mean'] == 0.25 and summary.loc[('two', 'ET', 'dice'), 'mean'] == 0.35
+    assert summary.loc[('two', 'ET', 'nsd0.5'), 'mean'] == 0.5 and ('one', 'ET', 'nsd0.5') not in summary.index
+
+
+@pytest.mark.filterwarnings('error')
+def test_summarize_ofAnInfiniteDistance():
+    """Without a pair of lesions HD95 is infinite by 2026: the mean is too, and that of Dice is a number."""
+    y, _ = _tumor()
+    tables = {'a': metrics.scoreLesions(y, y, rule='BraTS2026'), 'b': metrics.scoreLesions(y, 0 * y, rule='BraTS2026')}
+    means = metrics.summarize(metrics.scoreTable(tables).dropna(subset=['dice']))['mean']
+    assert means['WT', 'hd95'] == np.inf and means['WT', 'dice'] == 0.5
+
+
 @pytest.mark.parametrize('level', [0.5, 0.95])
 @pytest.mark.parametrize(('patients', 'successes'), [(30, 10), (50, 47)])
 def test_summarize_intervalIsBinomial(monkeypatch, level, patients, successes):
