@@ -21,7 +21,7 @@ from components import Tuning, applyRules, kindOf, relabelSmallET, removeSmallCo
 from engine import predictAll
 from fingerprint import fingerprint
 from identity import stretchingOf
-from patients import EDITIONS, detectEdition, spacingOf
+from patients import EDITIONS, detectEdition, hasFile, spacingOf
 from scoring import noScores, readPrediction, readSettings, scoreFolder
 from trained import followAll, membersFor, membersOf, trainedAmong
 
@@ -108,12 +108,13 @@ _GRID_FIELDS = (
 )  # fmt: skip
 
 
-def predictFolder(df, model, folder, transform=None, rules=None, probabilities=False, **options):
+def predictFolder(df, model, folder, transform=None, rules=None, probabilities=False, part=None, **options):
     """Predict the patients of a file list into a folder, for upload and for tables.
 
     Patients that the model was trained on are segmented, but not scored. Of an ensemble (a list of models), a patient
-    is predicted by the members that were not trained on it, so those of a cross-validation predict and score all. What
-    is finished stays in the folder, whatever happens next.
+    is predicted by the members that were not trained on it, so those of a cross-validation predict and score all.
+    What is finished stays in the folder: a stopped call goes on with the patients that are missing, or whose images are
+    newer than their segmentation.
 
     Args:
         df: file list.
@@ -122,24 +123,39 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
             `settings.json` and, with probabilities, `maps/<patient>.nii.gz` and `maps/<patient>_entropy.nii.gz`.
         rules: against small components, from `tunePostprocessing` on validation patients; None: none.
         probabilities: write the probabilities and their entropy too.
+        part: (i, n): predict part i of n (from 0), every n-th patient, so that n processes or machines share the
+            patients. The scores are in `scores.<i>of<n>.csv`; `scoreFolder` scores all when all parts have ended.
         **options: `patchStride`, `device`, `mirror` as in `engine.predict`.
 
     Returns:
-        DataFrame as `metrics.scoreTable` returns it; empty if no patient can be scored.
+        DataFrame as `metrics.scoreTable` returns it, of the patients of the file list or part; empty if none is scored.
 
     Raises:
         ValueError: the folder holds segmentations by other weights, options or rules; or as `engine.predictAll` and
             `applyRules`.
     """
-    folder, scores, kind = Path(folder), {}, kindOf(**options)
+    folder, kind = Path(folder), kindOf(**options)
     made = {'weights': _checksumOfWeights(model), 'kind': kind, 'rules': _plainRules(rules)}
     with warnings.catch_warnings(action='ignore'):  # predictAll warns
         made['input'] = _describeInput(followAll(model, transform, kind['planes']))
         trained = membersFor(model, df)[1]
     before = _refuseOthers(folder, made)
     about = {**made, 'trainedOn': sorted({*before.get('trainedOn', ()), *trained}), **options}
-    _writeSettings(folder, about)
-    for patient, (_, y, yhat, *probability) in predictAll(df, model, transform, probabilities=probabilities, **options):
+    if before != json.loads(json.dumps(about)):  # parts that begin together write the same
+        _writeSettings(folder, about)
+    number, numParts = part or (0, 1)
+    if not 0 <= number < numParts:
+        raise ValueError(f'part is {part}; (i, n) with 0 <= i < n was expected.')
+    file = folder / (f'scores.{number}of{numParts}.csv' if part else 'scores.csv')
+    df = df.iloc[number::numParts]
+    table = _readScores(file)
+    isScored = df['seg'].notna().to_numpy() & ~df.index.astype(str).isin(trained)
+    isDone = [_isFinished(paths, folder / 'upload' / f'{patient}.nii.gz') for patient, paths in df.iterrows()]
+    isLeft = ~np.array(isDone, bool) | (isScored & ~df.index.astype(str).isin(table['patient']))
+    if not isLeft.all():
+        print(f'{(~isLeft).sum()} of {len(df)} patients are finished in {folder}.')
+    left = predictAll(df[isLeft], model, transform, probabilities=probabilities, **options)
+    for patient, (_, y, yhat, *probability) in left:
         paths = df.loc[patient]
         spacing = spacingOf(paths)
         yhat = applyRules(yhat, rules, spacing, kind)
@@ -147,18 +163,29 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         if probabilities:
             saveProbabilities(*probability, paths, folder / 'maps' / f'{patient}.nii.gz')
         if y is not None and str(patient) not in trained:
-            scores[patient] = metrics.scorePatient(y, yhat, spacing)
-            _addScores(metrics.scoreTable(scores), folder)
-    return metrics.scoreTable(scores) if scores else noScores()
+            _addScores(metrics.scoreTable({patient: metrics.scorePatient(y, yhat, spacing)}), file)
+    table = _readScores(file)
+    order = {str(patient): row for row, patient in enumerate(df.index)}
+    table = table[table['patient'].isin(order)]
+    return table.sort_values('patient', key=lambda ids: ids.map(order), kind='stable', ignore_index=True)
 
 
-def _addScores(table, folder):
-    """Write `scores.csv` with the rows of a table in place of the same patients' rows, and others as they are there."""
-    file = folder / 'scores.csv'
-    if file.is_file():
-        before = pd.read_csv(file, dtype={'patient': str})
-        before = before[~before['patient'].isin(set(table['patient'].astype(str)))]
-        table = pd.concat([before, table], ignore_index=True) if len(before) else table
+def _isFinished(paths, file):
+    """Return whether a patient's segmentation is newer than its images."""
+    images = [paths[name] for name in config.MODALITIES if hasFile(paths, name)]
+    return file.is_file() and all(Path(image).stat().st_mtime <= file.stat().st_mtime for image in images)
+
+
+def _readScores(file):
+    """Return the table of a file of scores; empty if there is none."""
+    return pd.read_csv(file, dtype={'patient': str}) if file.is_file() else noScores()
+
+
+def _addScores(table, file):
+    """Write a file of scores with the rows of a table in place of the same patients' rows, others as they are there."""
+    before = _readScores(file)
+    before = before[~before['patient'].isin(set(table['patient'].astype(str)))]
+    table = pd.concat([before, table], ignore_index=True) if len(before) else table
     with writeAtomically(file) as part:
         table.to_csv(part, index=False)
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import nibabel as nib
 import numpy as np
@@ -476,3 +477,36 @@ def test_readPrediction_returnsWhatWasSaved(df, tmp_path):
     assert y.dtype == yhat.dtype == np.uint8 and y.shape == (16, 40, 40)
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(yhat, changed)
+
+
+def test_predictFolder_sharesThePatientsInParts(df, tmp_path):
+    """Two parts write the files of one call; scoreFolder refuses while one is missing, and then equals the one call."""
+    df, model = patients.makeFileList(tmp_path / 'data'), makeUnet()
+    expected = postprocess.predictFolder(df, model, tmp_path / 'whole', patchStride=24)
+    first = postprocess.predictFolder(df, model, tmp_path / 'parts', part=(1, 2), patchStride=24)
+    with pytest.raises(FileNotFoundError, match='has no segmentation of'):
+        postprocess.scoreFolder(df, tmp_path / 'parts' / 'upload')
+    second = postprocess.predictFolder(df, model, tmp_path / 'parts', part=(0, 2), patchStride=24)
+    assert set(first['patient']) == set(df.index[1::2]) and set(second['patient']) == set(df.index[::2])
+    for file in (tmp_path / 'whole' / 'upload').iterdir():
+        assert file.read_bytes() == (tmp_path / 'parts' / 'upload' / file.name).read_bytes()
+    pd.testing.assert_frame_equal(postprocess.scoreFolder(df, tmp_path / 'parts' / 'upload'), expected)
+    assert sorted(path.name for path in (tmp_path / 'parts').glob('scores*')) == ['scores.0of2.csv', 'scores.1of2.csv']
+    with pytest.raises(ValueError, match=r'part is \(2, 2\); \(i, n\) with 0 <= i < n was expected'):
+        postprocess.predictFolder(df, model, tmp_path / 'parts', part=(2, 2), patchStride=24)
+
+
+def test_predictFolder_goesOnWithWhatIsMissingOrOld(df, tmp_path, capsys):
+    """A second call predicts a patient whose file is gone, one without scores, and one whose image is newer."""
+    df, model, folder = patients.makeFileList(tmp_path / 'data'), makeUnet(), tmp_path / 'out'
+    expected = postprocess.predictFolder(df, model, folder)
+    pd.testing.assert_frame_equal(postprocess.predictFolder(df, model, folder), expected)
+    assert f'{len(df)} of {len(df)} patients are finished' in capsys.readouterr().out
+    (folder / 'upload' / f'{df.index[0]}.nii.gz').unlink()
+    scores = pd.read_csv(folder / 'scores.csv')
+    scores[scores['patient'] != df.index[1]].to_csv(folder / 'scores.csv', index=False)
+    pd.testing.assert_frame_equal(postprocess.predictFolder(df, model, folder), expected)
+    assert f'{len(df) - 2} of {len(df)} patients are finished' in capsys.readouterr().out
+    os.utime(df['t2'].iloc[0], (2e9, 2e9))
+    pd.testing.assert_frame_equal(postprocess.predictFolder(df, model, folder), expected)
+    assert f'{len(df) - 1} of {len(df)} patients are finished' in capsys.readouterr().out
