@@ -38,7 +38,7 @@ def scoreFolder(df, folder, rules=None, challenges=None):
             so are those that the model was trained on, if `predictFolder` or `writeScores` has noted them.
         folder: holds `<patient>.nii.gz` or `.nii` for each patient, as `readPrediction` reads it.
         rules: against small components, from `tunePostprocessing`, applied before scoring. They leave the resection
-            cavity as it is.
+            cavity as it is. A list of names is taken as `challenges`.
         challenges: names of the rules to score by, such as `['BraTS2020', 'BraTS2024']`; None: the rules of
             `metrics.scorePatient`, and predictions have to be complete. If given, a prediction that is missing, cannot
             be read, lies on another grid or has other labels is named, and counts as a missing one: every score of
@@ -56,6 +56,8 @@ def scoreFolder(df, folder, rules=None, challenges=None):
             `config.ON_BAD_PATIENT` is 'stop'; the rules do not fit the predictions, or were applied already; a
             challenge is unknown.
     """
+    if isinstance(rules, (list, tuple)) and rules and all(isinstance(name, str) for name in rules):
+        rules, challenges = None, rules
     about = readSettings(folder).get('prediction', {})
     if rules is not None and about.get('rules'):
         raise ValueError(f'The segmentations in {folder} have rules applied already: {about["rules"]}.')

@@ -20,6 +20,7 @@ import patients
 import phantom
 import postprocess
 import preprocess
+import train
 import utils
 
 HOME = Path(__file__).resolve().parent.parent
@@ -100,6 +101,9 @@ CALLS = {
     engine.validate: 'model criterion loader',
     engine.predict: 'paths model transform patchStride device',
     metrics.scorePatient: 'y yhat',
+    train.trainMembers: 'df members devices',
+    utils.loadModel: 'path',
+    postprocess.scoreFolder: 'df folder rules',
     metrics.scoreTable: 'scores',
     metrics.summarize: 'table',
     metrics.scoreLesions: 'y yhat',
@@ -107,7 +111,6 @@ CALLS = {
     postprocess.relabelSmallET: 'yhat N',
     postprocess.tunePostprocessing: 'predictions',
     postprocess.predictFolder: 'df model folder',
-    postprocess.scoreFolder: 'df folder',
     postprocess.writeScores: 'scores folder',
     phantom.makeCases: 'folder n seed shape',
 }

@@ -452,7 +452,7 @@ def test_scoreFolder_mergesAlongTheAxesOfTheFiles(writeCase, tmp_path):
         df = pd.DataFrame([writeCase(volumes, patient, affine=affine)], index=[patient])
         folder = tmp_path / f'out{number}'
         save(np.where(yhat == 3, 4, yhat)[::direction], folder / f'{patient}.nii.gz', affine)
-        table = postprocess.scoreFolder(df, folder, challenges=['BraTS2024']).set_index('region')
+        table = postprocess.scoreFolder(df, folder, rules=['BraTS2024']).set_index('region')
         expected = metrics.scoreLesions(label[::direction], yhat[::direction], rule='BraTS2024')
         assert table.loc['NETC', 'lesionDice'] == expected.loc['NETC', 'dice']
         missed.append(expected.loc['NETC', 'missed'])
