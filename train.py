@@ -77,9 +77,10 @@ def trainModel(traindf, valdf=None, tell=print):
         batches.epoch = epoch
         ranks.seedEpoch(config.SEED, epoch)
         loss = engine.train(shared, criterion, optimizer, scaler, trainLoader, augment, scheduler, average)
-        loss, dice = loss / batches.numSamples, None
-        valLoss, best = (loss, float('inf')) if valSet is None else (None, best)
-        if valSet is not None:
+        loss /= batches.numSamples
+        if valLoader is None:
+            valLoss, dice, best = loss, None, float('inf')  # the last epoch counts as the best
+        else:
             valLoss, dice = engine.validate(average or model, criterion, valLoader, dice=True)
             valLoss /= numVal
         if config.SCHEDULE == 'plateau':
