@@ -113,7 +113,7 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
 
     Patients that the model was trained on are segmented, but not scored. Of an ensemble (a list of models), a patient
     is predicted by the members that were not trained on it, so those of a cross-validation predict and score all.
-    What is finished stays in the folder: a stopped call goes on with the patients that are missing, or whose images are
+    What is finished stays in the folder: a stopped call goes on with the patients that are missing, or whose files are
     newer than their segmentation.
 
     Args:
@@ -171,9 +171,9 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
 
 
 def _isFinished(paths, file):
-    """Return whether a patient's segmentation is newer than its images."""
-    images = [paths[name] for name in config.MODALITIES if hasFile(paths, name)]
-    return file.is_file() and all(Path(image).stat().st_mtime <= file.stat().st_mtime for image in images)
+    """Return whether a patient's segmentation is newer than its images and its truth."""
+    given = [Path(paths[name]) for name in (*config.MODALITIES, 'seg') if hasFile(paths, name)]
+    return file.is_file() and all(each.is_file() and each.stat().st_mtime <= file.stat().st_mtime for each in given)
 
 
 def _readScores(file):

@@ -497,7 +497,7 @@ def test_predictFolder_sharesThePatientsInParts(df, tmp_path):
 
 
 def test_predictFolder_goesOnWithWhatIsMissingOrOld(df, tmp_path, capsys):
-    """A second call predicts a patient whose file is gone, one without scores, and one whose image is newer."""
+    """A second call predicts a patient whose file is gone, one without scores, and one with a newer file."""
     df, model, folder = patients.makeFileList(tmp_path / 'data'), makeUnet(), tmp_path / 'out'
     expected = postprocess.predictFolder(df, model, folder)
     pd.testing.assert_frame_equal(postprocess.predictFolder(df, model, folder), expected)
@@ -507,6 +507,6 @@ def test_predictFolder_goesOnWithWhatIsMissingOrOld(df, tmp_path, capsys):
     scores[scores['patient'] != df.index[1]].to_csv(folder / 'scores.csv', index=False)
     pd.testing.assert_frame_equal(postprocess.predictFolder(df, model, folder), expected)
     assert f'{len(df) - 2} of {len(df)} patients are finished' in capsys.readouterr().out
-    os.utime(df['t2'].iloc[0], (2e9, 2e9))
+    os.utime(df['seg'].iloc[0], (2e9, 2e9))  # its truth was mended
     pd.testing.assert_frame_equal(postprocess.predictFolder(df, model, folder), expected)
     assert f'{len(df) - 1} of {len(df)} patients are finished' in capsys.readouterr().out
