@@ -10,8 +10,8 @@ import ast
 import contextlib
 import difflib
 import multiprocessing
+import multiprocessing.connection
 import os
-import queue
 import re
 import sys
 import traceback
@@ -215,8 +215,7 @@ def _trainMember(sets, tell):
 def _runOnDevices(jobs, devices):
     """Train each member in a process of its own on the next free device; return as `_runHere` does."""
     context = multiprocessing.get_context('spawn')  # a forked process could not use the GPU
-    messages, waiting, failed = context.Queue(), list(jobs), {}
-    free, running, ended = list(devices), {}, set()
+    waiting, free, running, failed = list(jobs), list(devices), {}, {}
     bars = {name: tqdm(total=jobs[name][0]['EPOCHS'], desc=name, position=at) for at, name in enumerate(jobs)}
     numThreads = max(1, (os.cpu_count() or 1) // len(devices))
     try:
@@ -224,27 +223,29 @@ def _runOnDevices(jobs, devices):
             while waiting and free:
                 name, device = waiting.pop(0), free.pop(0)
                 values, sets = jobs[name]
-                arguments = name, values | {'DEVICE': device}, sets, numThreads, checkpoints.hoursUsed(), messages
+                # a pipe for each: a process that is killed while it writes would block a queue for all
+                messages, end = context.Pipe(duplex=False)
+                arguments = values | {'DEVICE': device}, sets, numThreads, checkpoints.hoursUsed(), end
                 process = context.Process(target=_runMember, args=arguments)
                 process.start()
-                running[name] = process, device
-            with contextlib.suppress(queue.Empty):
-                name, state, text = messages.get(timeout=0.2)
+                end.close()
+                running[messages] = name, process, device
+            for messages in multiprocessing.connection.wait(list(running)):
+                name, process, device = running[messages]
+                try:
+                    state, text = messages.recv()
+                except EOFError:  # the process has ended
+                    process.join()
+                    if process.exitcode:
+                        failed.setdefault(name, f'its process ended with code {process.exitcode}; see its log.txt.')
+                    free.append(device)
+                    del running[messages]
+                    continue
                 _show(bars[name], state, text)
                 if state == 'failed':
                     failed[name] = text
-                if state != 'epoch':
-                    ended.add(name)
-                continue
-            for name, (process, device) in list(running.items()):
-                if process.is_alive():
-                    continue
-                if name not in ended:
-                    failed[name] = f'its process ended with code {process.exitcode}; see log.txt in its folder.'
-                free.append(device)
-                del running[name]
     finally:
-        for process, _ in running.values():  # after an interrupt
+        for _, process, _ in running.values():  # after an interrupt
             process.terminate()
             process.join()
         for bar in bars.values():
@@ -261,8 +262,8 @@ def _show(bar, state, text):
         bar.set_postfix_str(f'failed: {text.splitlines()[0][:60]}')
 
 
-def _runMember(name, values, sets, numThreads, hoursUsed, messages):
-    """Train one member in this process, and put (name, state, text) into a queue."""
+def _runMember(values, sets, numThreads, hoursUsed, messages):
+    """Train one member in this process, and send (state, text) through a pipe."""
     vars(config).update(values)
     if config.TIME_BUDGET is not None:
         config.TIME_BUDGET -= hoursUsed
@@ -271,10 +272,9 @@ def _runMember(name, values, sets, numThreads, hoursUsed, messages):
         torch.cuda.set_device(config.DEVICE)
     try:
         with open(os.devnull, 'w') as nowhere, contextlib.redirect_stderr(nowhere):  # bars of other processes
-            _trainMember(sets, lambda text: messages.put((name, 'epoch', text)))
-        messages.put((name, 'ended', ''))
+            _trainMember(sets, lambda text: messages.send(('epoch', text)))
     except Exception as error:
-        messages.put((name, 'failed', f'{type(error).__name__}: {error}'))
+        messages.send(('failed', f'{type(error).__name__}: {error}'))
 
 
 # The script

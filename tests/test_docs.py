@@ -61,8 +61,9 @@ def test_readme_runsAsItIsWritten(home, monkeypatch):
     loss = engine.train(model, engine.makeCriterion(), optimizer, scaler, loader)
     utils.makeCheckpoint(0, model, optimizer, None, scaler, loss, loss, 1e9)
     names = {}
-    for block in blocksOf('README.md'):
+    for block in [*blocksOf('README.md'), *blocksOf('docs/hardware.md')]:
         exec(block, names)
+    assert len(names['dataset'].identity['patients']) == 3
     plt.close('all')
     assert (home / 'BraTS20_Training_001.nii.gz').is_file() and (home / 'scores.png').is_file()
     assert sorted(set(names['table']['patient'])) == ids[1:]

@@ -112,7 +112,7 @@ def test_trainMembers_goOnAfterOneWasKilledAndOneFailed(df):
     killer.start()
     with pytest.raises(RuntimeError, match='2 of 3 members failed; the others are complete') as error:
         train.trainMembers(df, members, ['cpu', 'cpu'])
-    assert re.search(r'seed-1: its process ended with code -9; see log\.txt', str(error.value))
+    assert re.search(r'seed-1: its process ended with code -9; see its log\.txt', str(error.value))
     assert "LOSS-hinge: ValueError: config.LOSS is 'hinge'" in str(error.value)
     assert 0 < weightsOf(f'{config.OUTPUT_FOLDER}/seed-1/last.pt')[0] < 6
     again = train.trainMembers(df, members[::2], ['cpu', 'cpu'])
