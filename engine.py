@@ -132,8 +132,7 @@ def validate(model, criterion, loader, dice=False):
 
     with torch.inference_mode():
         loss = _runEpoch('validate', step, loader, device)
-    counts = sumOverRanks(counts.reshape(classes, classes).cpu())
-    return (loss, _diceOf(counts)) if dice else loss
+    return (loss, _diceOf(sumOverRanks(counts.reshape(classes, classes).cpu()))) if dice else loss
 
 
 def _diceOf(counts):

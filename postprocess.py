@@ -134,6 +134,9 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         ValueError: the folder holds segmentations by other weights, options or rules; or as `engine.predictAll` and
             `applyRules`.
     """
+    number, numParts = part or (0, 1)
+    if not 0 <= number < numParts:
+        raise ValueError(f'part is {part}; (i, n) with 0 <= i < n was expected.')
     folder, kind = Path(folder), kindOf(**options)
     made = {'weights': _checksumOfWeights(model), 'kind': kind, 'rules': _plainRules(rules)}
     with warnings.catch_warnings(action='ignore'):  # predictAll warns
@@ -143,9 +146,6 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
     about = {**made, 'trainedOn': sorted({*before.get('trainedOn', ()), *trained}), **options}
     if before != json.loads(json.dumps(about)):  # parts that begin together write the same
         _writeSettings(folder, about)
-    number, numParts = part or (0, 1)
-    if not 0 <= number < numParts:
-        raise ValueError(f'part is {part}; (i, n) with 0 <= i < n was expected.')
     file = folder / (f'scores.{number}of{numParts}.csv' if part else 'scores.csv')
     df = df.iloc[number::numParts]
     table = _readScores(file)

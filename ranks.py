@@ -125,9 +125,8 @@ def share(model, criterion):
         if type(layer) is torch.nn.BatchNorm2d:
             layer.__class__ = SyncedBatchNorm
     criterion.register_forward_pre_hook(_gatherBatch)
-    model.to(
-        memory_format=torch.channels_last
-    )  # as `engine.train` does, which is too late for the buffers of gradients
+    # as `engine.train` does, but that is too late for the buffers of the gradients
+    model.to(memory_format=torch.channels_last)
     # an encoder of fewer stages keeps the weights of the others, unused
     return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
