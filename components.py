@@ -16,8 +16,8 @@ def removeSmallComponents(yhat, ml, spacing=(1, 1, 1)):
 
     Args:
         yhat: tensor or array of integers, classes 0 to 3, one patient; it is not changed.
-        ml: 26-connected components of the whole tumor below this volume in ml (1 ml = 1000 mm3) are removed, even if no
-            other is left; 0 removes none. `tunePostprocessing` finds a value.
+        ml: 26-connected components of the whole tumor below this volume in ml (1 ml = 1000 mm3) are removed. The
+            largest one always stays: every patient of BraTS has a tumor. `tunePostprocessing` finds a value.
         spacing: mm between voxels along each axis.
 
     Returns:
@@ -32,10 +32,15 @@ def removeSmallComponents(yhat, ml, spacing=(1, 1, 1)):
     voxel = np.prod(asSpacing(spacing, classes.ndim)) / 1000  # ml
     box = boundingBox(classes)
     components, _ = labelComponents(classes[box])
-    isSmall = np.bincount(components.ravel(), minlength=1) * voxel < ml
+    sizes = np.bincount(components.ravel(), minlength=1)[1:] * voxel
     removed = np.zeros(classes.shape, bool)
-    removed[box] = isSmall[components]
+    removed[box] = np.append(False, ~_isLeft(sizes, ml))[components]
     return _replace(yhat, removed, 0)
+
+
+def _isLeft(sizes, smallest):
+    """Return which components (C,) stay: those of at least a size, and the largest."""
+    return sizes >= min(smallest, sizes.max(initial=0))
 
 
 def relabelSmallET(yhat, N):
@@ -212,7 +217,7 @@ def _scoreRemoval(patient):
     sizes = np.unique(patient.sizes)
     scores = []
     for size in [0, *sizes]:
-        isLeft = patient.sizes > size
+        isLeft = _isLeft(patient.sizes, size + 0.5)
         isMatched = patient.isMatched & isLeft
         predicted = isMatched @ patient.sizes  # voxels of the components left to each lesion
         dice = 2 * (patient.overlap * isMatched).sum(1) / (patient.lesionSizes + predicted)
@@ -223,7 +228,7 @@ def _scoreRemoval(patient):
 
 def _scoreRelabelling(patient, removed):
     """Return a patient's ET voxels (1,) without components of up to `removed` voxels, and the Dice with and without."""
-    isLeft = patient.sizes > removed
+    isLeft = _isLeft(patient.sizes, removed + 0.5)
     predicted, truePositive = patient.enhancing[isLeft].sum(), patient.truePositiveET[isLeft].sum()
     total = predicted + patient.trueET
     return np.array([predicted]), [2 * truePositive / total if total else 1.0, float(patient.trueET == 0)]

@@ -5,6 +5,7 @@ import os
 import warnings
 
 from joblib import Parallel, delayed, effective_n_jobs
+from joblib.parallel import get_active_backend
 from tqdm.auto import tqdm
 
 import config
@@ -30,6 +31,11 @@ def withSegmentation(df, purpose):
     return df[isSegmented]
 
 
+def usesProcesses():
+    """Return whether `joblib.parallel_config` has put the work on other processes or machines."""
+    return not getattr(get_active_backend(prefer='threads')[0], 'supports_sharedmem', False)
+
+
 def forEachPatient(function, df, description):
     """Yield `function(paths)` for each row of a file list, in order; joblib runs several patients at a time.
 
@@ -48,7 +54,8 @@ def forEachPatient(function, df, description):
     bar = tqdm(total=len(rows), desc=description, leave=False)
     with bar, Parallel(config.PREPROCESS_WORKERS, prefer='threads', return_as='generator') as parallel:
         for start in range(0, len(rows), block):  # joblib itself does not wait for the caller to take results
-            results = parallel(delayed(work)(paths) for paths in rows[start : start + block])
+            # without arguments: Dask keeps those on one worker, and all is lost if it dies
+            results = parallel(delayed(functools.partial(work, paths))() for paths in rows[start : start + block])
             try:
                 for result in results:
                     bar.update()

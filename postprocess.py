@@ -1,5 +1,6 @@
 """Write predictions as NIfTI files with their scores; and re-export what scores folders and removes components."""
 
+import functools
 import gzip
 import json
 import platform
@@ -18,12 +19,13 @@ import config
 import metrics
 from atomic import writeAtomically
 from components import Tuning, applyRules, kindOf, relabelSmallET, removeSmallComponents, tunePostprocessing
-from engine import predictAll
+from engine import predict, predictAll
 from fingerprint import fingerprint
 from identity import stretchingOf
+from parallel import attempt, forEachPatient, leaveOut, usesProcesses
 from patients import EDITIONS, detectEdition, hasFile, spacingOf
 from scoring import noScores, readPrediction, readSettings, scoreFolder
-from trained import followAll, membersFor, membersOf, trainedAmong
+from trained import followAll, membersFor, membersOf, trainedAmong, warnOfTrained
 
 __all__ = [
     'Tuning',
@@ -114,7 +116,7 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
     Patients that the model was trained on are segmented, but not scored. Of an ensemble (a list of models), a patient
     is predicted by the members that were not trained on it, so those of a cross-validation predict and score all.
     What is finished stays in the folder: a stopped call goes on with the patients that are missing, or whose files are
-    newer than their segmentation.
+    newer than their segmentation. Under `joblib.parallel_config` the processes of its backend predict the patients.
 
     Args:
         df: file list.
@@ -154,20 +156,49 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
     isLeft = ~np.array(isDone, bool) | (isScored & ~df.index.astype(str).isin(table['patient']))
     if not isLeft.all():
         print(f'{(~isLeft).sum()} of {len(df)} patients are finished in {folder}.')
-    left = predictAll(df[isLeft], model, transform, probabilities=probabilities, **options)
-    for patient, (_, y, yhat, *probability) in left:
-        paths = df.loc[patient]
-        spacing = spacingOf(paths)
-        yhat = applyRules(yhat, rules, spacing, kind)
-        saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz')
-        if probabilities:
-            saveProbabilities(*probability, paths, folder / 'maps' / f'{patient}.nii.gz')
-        if y is not None and str(patient) not in trained:
-            _addScores(metrics.scoreTable({patient: metrics.scorePatient(y, yhat, spacing)}), file)
+    finish = functools.partial(_finishPatient, folder=folder, rules=rules, kind=kind, trained=trained)
+    predicted = _predictByProcesses if usesProcesses() else _predictHere
+    for scores in predicted(df[isLeft], model, finish, transform=transform, probabilities=probabilities, **options):
+        if scores:
+            _addScores(metrics.scoreTable(scores), file)
     table = _readScores(file)
     order = {str(patient): row for row, patient in enumerate(df.index)}
     table = table[table['patient'].isin(order)]
     return table.sort_values('patient', key=lambda ids: ids.map(order), kind='stable', ignore_index=True)
+
+
+def _predictHere(df, model, finish, **options):
+    """Yield what `finish` returns for each patient, predicted in this process."""
+    for patient, case in predictAll(df, model, **options):
+        yield finish(df.loc[patient], case)
+
+
+def _predictByProcesses(df, model, finish, **options):
+    """Yield what `finish` returns for each patient; a process of joblib's predicts, writes and scores it."""
+    members, trained = membersFor(model, df)
+    warnOfTrained(trained, len(df))
+    function = attempt(functools.partial(_predictAndFinish, members=members, finish=finish, options=options))
+    for number, result in enumerate(forEachPatient(function, df, 'predict')):
+        if isinstance(result, Exception):
+            leaveOut(result, f'{number} of {len(df)} patients were segmented before.')
+        else:
+            yield result
+
+
+def _predictAndFinish(paths, members, finish, options):
+    return finish(paths, predict(paths, members[paths.name], **options))
+
+
+def _finishPatient(paths, case, folder, rules, kind, trained):
+    """Write what `predict` returned for a patient, and return a dict of the patient to the scores; empty without."""
+    _, y, yhat, *probability = case
+    patient, spacing = paths.name, spacingOf(paths)
+    yhat = applyRules(yhat, rules, spacing, kind)
+    saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz')
+    if probability:
+        saveProbabilities(*probability, paths, folder / 'maps' / f'{patient}.nii.gz')
+    isScored = y is not None and str(patient) not in trained
+    return {patient: metrics.scorePatient(y, yhat, spacing)} if isScored else {}
 
 
 def _isFinished(paths, file):

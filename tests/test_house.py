@@ -29,7 +29,7 @@ ROOMS = {
     'metrics': 'config',
     'components': 'config metrics',
     'scoring': 'components metrics parallel patients',
-    'postprocess': 'config atomic components engine fingerprint identity metrics patients scoring trained',
+    'postprocess': 'config atomic components engine fingerprint identity metrics parallel patients scoring trained',
     'pictures': 'config atomic patients transforms metrics',
     'utils': '*',
     'train': 'config batched checkpoints cohort engine preprocess ranks utils',

@@ -38,24 +38,24 @@ def test_relabelSmallET_changesFewerThanNVoxels(kind):
 
 @pytest.mark.parametrize('kind', [torch.from_numpy, np.asarray])
 def test_removeSmallComponents_removesComponentsBelowMl(kind):
-    """Two voxels that touch at a corner are one component of 2 mm3; below 2 mm3 only the single voxel is removed."""
+    """Two voxels that touch at a corner are one component of 2 mm3; the single voxel is removed, they never are."""
     classes = np.zeros((4, 4, 4), np.uint8)
     classes[0, 0, 0], classes[1, 1, 1], classes[3, 3, 3] = 1, 3, 2
     yhat = kind(classes.copy())
     left = postprocess.removeSmallComponents(yhat, 0.002)
     assert type(left) is type(yhat) and left.dtype == yhat.dtype and yhat.tolist() == classes.tolist()
     assert (left[0, 0, 0], left[1, 1, 1], left[3, 3, 3]) == (1, 3, 0)
-    assert not postprocess.removeSmallComponents(yhat, 0.0021).any()
+    assert (postprocess.removeSmallComponents(yhat, 1) != left).sum() == 0
     assert postprocess.removeSmallComponents(yhat, 0).tolist() == classes.tolist()
 
 
 def test_removeSmallComponents_measuresByTheSpacing():
-    """A voxel of 8 mm3 is kept at 0.008 ml and removed at 0.009 ml; an empty prediction stays empty."""
-    yhat = np.zeros((3, 3, 3), int)
+    """Beside a larger one, a voxel of 8 mm3 stays at 0.008 ml and goes at 0.009 ml; an empty prediction stays empty."""
+    yhat = np.zeros((3, 3, 5), int)
     assert not postprocess.removeSmallComponents(yhat, 1).any()
-    yhat[1, 1, 1] = 2
-    assert postprocess.removeSmallComponents(yhat, 0.008, spacing=(2, 2, 2)).any()
-    assert not postprocess.removeSmallComponents(yhat, 0.009, spacing=(2, 2, 2)).any()
+    yhat[1, 1, 0], yhat[:, :, 3:] = 2, 2
+    assert postprocess.removeSmallComponents(yhat, 0.008, spacing=(2, 2, 2))[1, 1, 0]
+    assert not postprocess.removeSmallComponents(yhat, 0.009, spacing=(2, 2, 2))[1, 1, 0]
 
 
 def test_rules_refuseBadInput():
@@ -101,7 +101,7 @@ def test_tunePostprocessing_findsMl():
     tuning = postprocess.tunePostprocessing({'a': (y, yhat)})
     assert 0.003 < tuning.ml < 0.004 and (postprocess.removeSmallComponents(yhat, tuning.ml) == y).all()
     curve = tuning.curve.set_index('rule')['score']
-    assert curve['ml'].tolist() == [0.5, 1, 0]
+    assert curve['ml'].tolist() == [0.5, 1, 1]
     assert curve[['N']].tolist() == [1]  # the removed ET is not there to be relabelled
     assert 0.006 < postprocess.tunePostprocessing({'a': (y, yhat)}, spacing=(1, 1, 2)).ml < 0.008
 
@@ -121,7 +121,7 @@ def test_tunePostprocessing_keepsComponentsOfUnscoredLesions():
     y[3:7, 3:7, 2:6] = 2  # 64 mm3
     y[3:5, 3:5, 20:22] = 2  # 8 mm3
     tuning = postprocess.tunePostprocessing({'a': (y, y)})
-    assert tuning.ml == 0 and tuning.curve.set_index('rule')['score']['ml'].tolist() == [1, 1, 0]
+    assert tuning.ml == 0 and tuning.curve.set_index('rule')['score']['ml'].tolist() == [1, 1, 1]
 
 
 def test_tunePostprocessing_equalsScoringEveryValue():
@@ -288,6 +288,7 @@ def test_predictFolder_appliesEachRule(writeCase, tmp_path):
         def forward(self, patches):
             classes = torch.zeros(len(patches), *patches.shape[2:], dtype=torch.long)
             classes[:, 5:9, 5:9] = 3  # 16 pixels on 4 slices: 64 voxels of 8 mm3 = 0.512 ml
+            classes[:, 15:30, 15:30] = 2  # larger: always stays
             return 9.0 * torch.nn.functional.one_hot(classes, 4).movedim(-1, 1)
 
     def labelsWith(**values):
@@ -295,8 +296,8 @@ def test_predictFolder_appliesEachRule(writeCase, tmp_path):
         postprocess.predictFolder(df, Square(), folder, rules=postprocess.Tuning(**values) if values else None)
         return set(np.unique(np.asarray(nib.load(folder / 'upload' / f'{PATIENT}.nii.gz').dataobj)).tolist())
 
-    assert labelsWith() == labelsWith(N=64) == labelsWith(ml=0.5) == {0, 4}
-    assert labelsWith(N=65) == {0, 1} and labelsWith(ml=0.52) == labelsWith(N=65, ml=0.52) == {0}
+    assert labelsWith() == labelsWith(N=64) == labelsWith(ml=0.5) == {0, 2, 4}
+    assert labelsWith(N=65) == {0, 1, 2} and labelsWith(ml=0.52) == labelsWith(N=65, ml=0.52) == {0, 2}
 
 
 def test_writeScores_writesAnEmptyTable(tmp_path):

@@ -1,0 +1,125 @@
+"""Measure how cutting, predicting and scoring patients scale over threads, processes and Dask, and what DDP costs.
+
+    python -m benchmarks.scaling [PATIENTS]
+
+Each worker has one thread of torch. Workers are started before the time is taken.
+"""
+
+import contextlib
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import joblib
+import torch
+import torch.distributed as dist
+
+import config
+import engine
+import phantom
+import postprocess
+import preprocess
+import ranks
+import utils
+from benchmarks import timing
+from benchmarks.benchmark import formatTable
+
+NUM_WORKERS = 2
+STEPS = 12  # of training, the first two of which are not counted
+NETWORK = {'ENCODER_NAME': 'resnet18', 'ENCODER_WEIGHTS': None, 'DECODER_CHANNELS': (128, 64, 32, 16, 16)}
+
+
+def main(numPatients=8):
+    """Print how long each of several patients takes by each method, and a step of training by one and two ranks.
+
+    Args:
+        numPatients: full-size phantoms to work on.
+    """
+    import dask.distributed
+
+    vars(config).update(NETWORK, DEVICE='cpu', PREPROCESS_WORKERS=1)
+    torch.set_num_threads(1)
+    print(timing.describeMachine())
+    options = {'n_workers': NUM_WORKERS, 'threads_per_worker': 1, 'dashboard_address': None}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(dask.distributed.Client(stack.enter_context(dask.distributed.LocalCluster(**options))))
+        phantom.makeCases(folder / 'data', numPatients)
+        df, model = utils.makeFileList(folder / 'data'), engine.makeModel()
+        tables = [
+            benchPatients('cutting', df, lambda: preprocess.makeDataset(df, str(folder / 'train.h5')), folder),
+            benchPatients('predicting', df, lambda: postprocess.predictFolder(df, model, folder / 'out'), folder),
+        ]
+        postprocess.predictFolder(df, model, folder / 'done')
+        score = lambda: postprocess.scoreFolder(df, folder / 'done' / 'upload')  # noqa: E731
+        tables.append(benchPatients('scoring', df, score, folder))
+    tables.append(benchRanks())
+    for table in tables:
+        print(formatTable(table))
+
+
+def benchPatients(stage, df, work, folder):
+    """Measure one stage by each backend of joblib; what it has written is removed before each call."""
+    backends = {'1 thread': ('threading', 1), '2 threads': ('threading', 2), '2 processes': ('loky', 2)}
+
+    def run(backend, workers):
+        for path in (folder / 'train.h5', folder / 'out'):
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
+        config.PREPROCESS_WORKERS = workers
+        start = time.perf_counter()
+        with joblib.parallel_config(backend, n_jobs=workers):
+            work()
+        return timing.Seconds(time.perf_counter() - start)
+
+    methods = {
+        name: (lambda each=each: run(*each)) for name, each in {**backends, '2 Dask workers': ('dask', 2)}.items()
+    }
+    return timing.measure(f'{stage}, per patient', methods, numUnits=len(df), rounds=3)
+
+
+def benchRanks():
+    """Measure a step of training with 16 patches by one process, and by two ranks with 8 patches each."""
+    methods = {f'{number} rank{"s" * (number > 1)}': (lambda number=number: _spawnRanks(number)) for number in (1, 2)}
+    return timing.measure('training step of 16 patches', methods, rounds=3)
+
+
+def _spawnRanks(number):
+    """Return the `Seconds` of a step by so many ranks, as rank 0 measures them."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context('spawn')
+        results = context.SimpleQueue()
+        torch.multiprocessing.spawn(_timeSteps, (number, folder, results), nprocs=number)
+        return timing.Seconds(results.get())
+
+
+def _timeSteps(rank, number, folder, results):
+    torch.set_num_threads(1)
+    vars(config).update(NETWORK, DEVICE='cpu')
+    if number > 1:
+        dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=number)
+    layers, criterion = engine.makeModel(), engine.makeCriterion()
+    model = ranks.share(layers, criterion)
+    optimizer = torch.optim.Adam(layers.parameters())
+    size = config.PATCH_SIZE
+    image, label = torch.randn(16 // number, 3, size, size), torch.randint(0, 4, (16 // number, size, size))
+    dtype = engine.precision(config.DEVICE)
+    for step in range(STEPS):
+        if step == 2:
+            start = time.perf_counter()
+        with torch.autocast('cpu', dtype, enabled=dtype is not torch.float32):
+            logits = model(image)
+        optimizer.zero_grad()
+        criterion(logits.float(), label).backward()
+        optimizer.step()
+    if rank == 0:
+        results.put((time.perf_counter() - start) / (STEPS - 2))
+    if number > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main(*map(int, sys.argv[1:2]))

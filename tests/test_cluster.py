@@ -1,0 +1,89 @@
+"""The processes of a Dask cluster do what one process does."""
+
+import functools
+import os
+import signal
+from pathlib import Path
+
+import joblib
+import pandas as pd
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+
+import config
+import parallel
+import patients
+import phantom
+import postprocess
+import preprocess
+
+distributed = pytest.importorskip('dask.distributed')
+
+
+@pytest.fixture(scope='module')
+def client():
+    """Two processes on this machine that have torch in memory."""
+    options = {'n_workers': 2, 'threads_per_worker': 1, 'processes': True, 'dashboard_address': None}
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+        yield client
+
+
+@pytest.fixture
+def df(tmp_path):
+    phantom.makeCases(tmp_path / 'data', 4, shape=(40, 40, 16))
+    return patients.makeFileList(tmp_path / 'data')
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return smp.Unet('resnet18', encoder_weights=None, in_channels=3, classes=4, decoder_channels=(32, 16, 16, 8, 8))
+
+
+def filesOf(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_cluster_writesTheFilesOfOneProcess(client, df, model, tmp_path):
+    """Patches, segmentations and scores are the same, byte for byte; the values of `config` reach the processes."""
+    config.PLANES, config.PATCH_STRIDE = ('axial', 'sagittal'), 16
+    with joblib.parallel_config('dask', n_jobs=2):
+        preprocess.makeDataset(df, str(tmp_path / 'many.h5'))
+        postprocess.predictFolder(df, model, tmp_path / 'many', probabilities=True)
+        many = postprocess.scoreFolder(df, tmp_path / 'many' / 'upload')
+    ran = client.run(lambda dask_worker: 'config' in __import__('sys').modules)
+    assert list(ran.values()) == [True, True]
+    preprocess.makeDataset(df, str(tmp_path / 'one.h5'))
+    postprocess.predictFolder(df, model, tmp_path / 'one', probabilities=True)
+    assert (tmp_path / 'many.h5').read_bytes() == (tmp_path / 'one.h5').read_bytes()
+    assert len(filesOf(tmp_path / 'one')) == 3 * 4 + 2 and filesOf(tmp_path / 'many') == filesOf(tmp_path / 'one')
+    pd.testing.assert_frame_equal(many, postprocess.scoreFolder(df, tmp_path / 'one' / 'upload'))
+
+
+def test_cluster_leavesOutAndNamesABadPatient(client, df, model, tmp_path, capsys):
+    """A damaged file stops the prediction, or its patient is left out; the others are predicted."""
+    Path(df['flair'].iloc[1]).write_bytes(b'damaged')
+    with joblib.parallel_config('dask', n_jobs=2):
+        with pytest.raises(ValueError, match=rf'{df.index[1]}.*cannot be used'):
+            postprocess.predictFolder(df, model, tmp_path / 'out')
+        config.ON_BAD_PATIENT = 'leaveOut'
+        table = postprocess.predictFolder(df, model, tmp_path / 'out')
+    assert f'Left out: {df.index[1]}' in capsys.readouterr().out
+    assert list(table['patient'].unique()) == [df.index[0], *df.index[2:]]
+
+
+def dieOnce(folder, paths):
+    """Kill this process, but only the first one that comes here."""
+    try:
+        (folder / 'died').touch(exist_ok=False)
+    except FileExistsError:
+        return paths.name
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_cluster_survivesTheDeathOfAProcess(client, df, tmp_path):
+    """A process is killed in the middle of its work: another one does what it had to do."""
+    with joblib.parallel_config('dask', n_jobs=2):
+        results = list(parallel.forEachPatient(functools.partial(dieOnce, tmp_path), df, 'test'))
+    assert results == list(df.index) and (tmp_path / 'died').exists()
