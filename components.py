@@ -34,6 +34,7 @@ def removeSmallComponents(yhat, ml, spacing=(1, 1, 1)):
     box = boundingBox(tumor)
     components, _ = labelComponents(tumor[box])
     isSmall = np.bincount(components.ravel(), minlength=1) * voxel < ml
+    isSmall[0] = False  # what is no tumor, the resection cavity too, stays as it is
     removed = np.zeros(classes.shape, bool)
     removed[box] = isSmall[components]
     return _replace(yhat, removed, 0)

@@ -156,7 +156,7 @@ _CLASSES = (  # name and color, distinct for color-blind readers and from grey
     ('necrotic core', '#2F6BFF'),
     ('edema', '#F0E442'),
     ('enhancing tumor', '#E0301E'),
-    ('resection cavity', '#00C2C2'),
+    ('resection cavity', '#00006E'),
 )
 
 
