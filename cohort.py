@@ -12,7 +12,7 @@ import pandas as pd
 
 import config
 from atomic import writeAtomically
-from editions import CAVITY, classesOf, detect, known, withoutTime
+from editions import CAVITY, classesOf, isAutomatic, known, withoutTime
 from parallel import forEachPatient, resultsOf, withSegmentation
 from patients import (
     COLUMNS,
@@ -155,7 +155,7 @@ def _checkLabel(seg, volumes, paths):
     except ValueError as error:
         yield _withoutPrefix(error, paths, 'seg'), True
         return
-    if detect(paths['seg']).isAutomatic:
+    if isAutomatic(paths['seg']):
         yield 'segmented automatically, and not corrected by hand', False
     for label, number in classesOf(detectEdition(paths)).items():
         numVoxels = np.count_nonzero(np.rint(seg) == label) if label and number == 0 else 0

@@ -181,6 +181,11 @@ def detect(path):
     return None
 
 
+def isAutomatic(path):
+    """Return whether a segmentation's name says that nobody has corrected it by hand."""
+    return any(parsed and parsed[2] for parsed in (edition.parse(path) for edition in known().values()))
+
+
 def whyRefused(path):
     """Return why a file's data set is not read, or None."""
     name = Path(path).name

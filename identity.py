@@ -20,7 +20,7 @@ from transforms import StretchHistogram, imageKeys, volumeTransform
 # Parts of an identity that decide what a network sees, with the words for them
 SEEN = {
     'modalities': 'config.MODALITIES',
-    'classes': 'config.CLASS_NAMES (of config.NO_CLASSES)',
+    'classes': 'config.NO_CLASSES or config.CLASS_NAMES',
     'patchSize': 'config.PATCH_SIZE',
     'planes': 'config.PLANES',
     'stretching': '[config.STRETCH_PERCENTILES, config.STRETCH_RANGE]',

@@ -60,8 +60,8 @@ def saveSegmentation(yhat, paths, file):
     labels = labelsOf(edition)
     if not np.isin(classes, list(labels)).all():
         raise ValueError(
-            f'{file}: yhat has the classes {np.unique(classes)[:9]}; those with a label of {edition} were expected: '
-            f'{", ".join(map(str, sorted(labels)))}.'
+            f'{file}: yhat has the classes {np.unique(classes)[:9]}; {", ".join(map(str, sorted(labels)))} were '
+            f'expected, which have a label in {edition}.'
         )
     if labels.get(CAVITY) == 0 and (numVoxels := np.count_nonzero(classes == CAVITY)):
         text = (

@@ -119,7 +119,9 @@ def test_saveSegmentation_writesTheCavity(tmp_path):
         postprocess.saveSegmentation(classes, before, tmp_path / 'out.nii.gz')
     np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / 'out.nii.gz').dataobj), labelOf(1, 2, 3))
     config.NO_CLASSES = 4
-    with pytest.raises(ValueError, match=r'classes \[0 1 2 3 4\]; those with a label of BraTS2024 .*: 0, 1, 2, 3'):
+    with pytest.raises(
+        ValueError, match=r'classes \[0 1 2 3 4\]; 0, 1, 2, 3 were expected, which have a label in BraTS2024'
+    ):
         postprocess.saveSegmentation(classes, after, tmp_path / 'out.nii.gz')
 
 
@@ -206,6 +208,22 @@ def test_makeFileList_refusesOtherDiseasesByName(tmp_path, file, words, declared
     touch(tmp_path, *namesNewer('BraTS-GLI-00001-000'), f'other/{file}.nii.gz')
     with pytest.raises(ValueError, match=rf'{file}\.nii\.gz cannot be read: it .*{words}'):
         patients.makeFileList(tmp_path)
+
+
+def test_checkFiles_takesASegmentationOfAnyName(tmp_path):
+    """A segmentation whose name says nothing belongs to the edition of its images."""
+    paths = writeGLI(tmp_path, '000', labelOf(1, 2, 3))
+    save(labelOf(1, 2, 3), tmp_path / 'mine.nii.gz')
+    df = pd.DataFrame([{**paths, 'seg': str(tmp_path / 'mine.nii.gz')}], [paths.name])
+    assert not cohort.checkFiles(df)['stops'].any()
+
+
+def test_findOnKaggle_findsTheSlices(tmp_path, monkeypatch):
+    """If only the .h5 slices are attached, their folder is the data folder: makeFileList refuses it in words."""
+    monkeypatch.setattr(config, 'Path', lambda path: tmp_path)
+    assert config._findOnKaggle.__wrapped__() is None
+    touch(tmp_path, 'brats2020-training-data/content/data/volume_41_slice_12.h5')
+    assert config._findOnKaggle.__wrapped__() == str(tmp_path)
 
 
 @pytest.mark.parametrize(
