@@ -111,7 +111,8 @@ def plotModalities(paths):
     cut = {name: volume[..., number][box] for name, volume in volumes.items()}
     windows = {name: displayWindow(volume, brains[name]) for name, volume in volumes.items()}
     heights = 2.3 * aspectRatio(box) + 0.7, 1.5 * aspectRatio(box) + 0.8  # inches
-    figure = newFigure(9.6, sum(heights if label is not None else heights[:1]) + 0.3)
+    width = max(9.6, 1.6 * (config.NO_CLASSES - 1 + len(mainRegions())))
+    figure = newFigure(width, sum(heights if label is not None else heights[:1]) + 0.3)
     figure.suptitle(f'{patientOf(paths)}, axial slice {number} of {brain.shape[2]}', fontsize=11)
     above, below = (figure, None) if label is None else figure.subfigures(2, 1, height_ratios=heights)
     panels = above.subplots(1, len(cut), squeeze=False)[0]
@@ -191,16 +192,15 @@ def _sliceOfClasses(label, brain):
 
 def _drawClassesAndRegions(figure, image, window, classes, labels, name):
     """Draw each class, with its label in the files, and each region, outlined, over a slice of the modality `name`."""
-    left, right = figure.subfigures(1, 2)
+    numbers, names = range(1, config.NO_CLASSES), mainRegions()
+    left, right = figure.subfigures(1, 2, width_ratios=(len(numbers), len(names)))
     left.suptitle(f'Classes over {name}: each voxel has one', fontsize=10)
     right.suptitle('Regions: classes taken together, as they are scored', fontsize=10)
-    numbers = range(1, config.NO_CLASSES)
     for panel, number in zip(left.subplots(1, len(numbers), squeeze=False)[0], numbers, strict=True):
         showSlice(panel, image, window, f'{number} = {config.CLASS_NAMES[number]}')
         _drawMembers(panel, classes, (number,))
         text = f'label {labels[number]} in the files' if labels.get(number) else 'not in these files'
         panel.set_xlabel(text, fontsize=8)
-    names = mainRegions()
     for panel, region in zip(right.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         members = config.REGIONS[region]
         showSlice(panel, image, window, f'{region} = {" + ".join(map(str, members))}')

@@ -221,3 +221,12 @@ def test_pictures_drawEveryClass(mixed, tmp_path, numClasses):
     for figure in figures:
         figure.canvas.draw()
     plt.close('all')
+
+
+def test_tunePostprocessing_leavesTheCavityOut():
+    """A predicted cavity is no component of the tumor: it is no false positive, and nothing has to be removed."""
+    config.NO_CLASSES = 5
+    y, yhat = np.zeros((2, 20, 20, 9), int)
+    y[2:6, 2:6, 2:6] = yhat[2:6, 2:6, 2:6] = 2
+    yhat[15, 15, 5] = 4
+    assert components.tunePostprocessing({'a': (y, yhat)}).ml == 0
