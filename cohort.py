@@ -12,10 +12,10 @@ import pandas as pd
 
 import config
 from atomic import writeAtomically
+from editions import CAVITY, classesOf, isAutomatic, known, withoutTime
 from parallel import forEachPatient, resultsOf, withSegmentation
 from patients import (
     COLUMNS,
-    EDITIONS,
     checkGrid,
     detectEdition,
     hasFile,
@@ -31,6 +31,7 @@ _FEW_VALUES = 6  # an image with fewer different intensities is a segmentation, 
 _COPY = 0.9999  # correlation of two modalities from which one is taken for a copy of the other
 _LARGEST = 32767  # of 16 bits
 _OUTSIDE = 0.05  # fraction of the tumor outside the brain from which a segmentation is taken for another patient's
+_OVERLAPPING = ('BraTS2024', 'BraTS-GoAT', 'Decathlon', 'UCSF-PDGM', 'UPENN-GBM')  # hold patients of other editions
 
 
 def checkFiles(df):
@@ -50,7 +51,8 @@ def checkFiles(df):
         With the others it is used:
         - another axis order than the first modality's, which is corrected when the file is read;
         - an image that is constant, looks like a segmentation, or like a copy of another modality, or is clipped;
-        - a segmentation without tumor, with tumor outside the brain, or with resection cavity, which is background;
+        - a segmentation without tumor, with tumor outside the brain, or with resection cavity that is background;
+        - a segmentation that is automatic, where the edition has others that were corrected by hand;
         - a patient published as having another neoplasm than a glioma.
     """
     findings = list(forEachPatient(_checkPatient, df, 'check'))
@@ -80,7 +82,7 @@ def _checkPatient(paths):
     """Return the (file, finding, stops) triples of one patient."""
     findings, volumes, grids, opened = [], {}, {}, {}
     try:
-        edition = EDITIONS[detectEdition(paths)]
+        edition = known()[detectEdition(paths)]
     except ValueError as error:
         return [(next((Path(paths[name]).name for name in COLUMNS if hasFile(paths, name)), '-'), str(error), True)]
     for column in (*config.MODALITIES, 'seg'):
@@ -153,10 +155,13 @@ def _checkLabel(seg, volumes, paths):
     except ValueError as error:
         yield _withoutPrefix(error, paths, 'seg'), True
         return
-    for label, number in EDITIONS[detectEdition(paths)].classes.items():
+    if isAutomatic(paths['seg']):
+        yield 'segmented automatically, and not corrected by hand', False
+    for label, number in classesOf(detectEdition(paths)).items():
         numVoxels = np.count_nonzero(np.rint(seg) == label) if label and number == 0 else 0
         if numVoxels:
             yield f'{numVoxels} voxels of resection cavity (label {label}) count as background', False
+    classes = np.where(classes == CAVITY, 0, classes)  # it may lie outside the brain, where all is 0
     if not classes.any():
         yield 'no voxel of tumor', False
         return
@@ -213,9 +218,10 @@ def _nearbyTables(df):
 def findSubjects(df):
     """Return the subject (person) of each patient of a file list, as far as the names say.
 
-    Scans of one subject are: time points of 2023 and 2024 (`BraTS-GLI-00001-000`, `-001`); two names in one row of a
-    published table of names (`name_mapping*.csv`, `*Mapping*.xlsx`, up to two folders above the patients); and, if no
-    such table names them, equal numbers in 2021 and 2023 GLI (suspected).
+    Scans of one subject are: time points of 2023 to 2025 (`BraTS-GLI-00001-000`, `-101`), of UCSF-PDGM (`_FU001d`) and
+    UPENN-GBM (`_11`, `_21`); two names in one row of a published table of names (`name_mapping*.csv`,
+    `*Mapping*.xlsx`, up to two folders above the patients); and, if no such table names them, equal numbers in 2021 and
+    2023 GLI (suspected).
 
     Returns:
         Series indexed by patient: the subject's first patient id in alphabetical order.
@@ -239,11 +245,6 @@ def findSubjects(df):
         together = [patient, *(other for group in linked.values() for other in group)]
         groups.update({key: together for other in together for key in keys[other]})
     return pd.Series({patient: min(groups[withoutTime(patient)]) for patient in keys}, dtype=object, name='subject')
-
-
-def withoutTime(patient):
-    """Return a patient id of 2023 or 2024 without its time point, any other id as it is: the subject by its name."""
-    return re.sub(r'^(BraTS-(?:GLI|SSA)-\d+)-\d+$', r'\1', str(patient))
 
 
 def split(df):
@@ -318,9 +319,14 @@ def _reportSuspicions(df, subjects):
     renamed = [sorted(group) for _, group in subjects.groupby(subjects).groups.items() if editions[group].nunique() > 1]
     if renamed:
         examples = '; '.join(' = '.join(group) for group in renamed[:3])
-        print(f'{len(renamed)} subjects have, or may have, names of several years: {examples}. Each stays in one set.')
-    if editions.nunique() > 1 and editions.isin(['Decathlon', 'BraTS2024']).any():
-        print('Decathlon and BraTS 2024 may hold subjects of other editions; no published table says which.')
+        print(
+            f'{len(renamed)} subjects have, or may have, names of several years or time points: {examples}. Each stays '
+            'in one set.'
+        )
+    if editions.nunique() > 1 and (mixed := sorted({*_OVERLAPPING} & set(editions))):
+        print(
+            f'{" and ".join(mixed)} may hold subjects of other editions under other names; the names do not say which.'
+        )
 
 
 def writeSplit(sets, file):

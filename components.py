@@ -29,9 +29,10 @@ def removeSmallComponents(yhat, ml, spacing=(1, 1, 1)):
     if ml < 0:
         raise ValueError(f'ml is {ml}; 0 ml or more was expected.')
     classes = asClasses(yhat, 'yhat')
+    tumor = isIn(classes, 'WT')
     voxel = np.prod(asSpacing(spacing, classes.ndim)) / 1000  # ml
-    box = boundingBox(classes)
-    components, _ = labelComponents(classes[box])
+    box = boundingBox(tumor)
+    components, _ = labelComponents(tumor[box])
     sizes = np.bincount(components.ravel(), minlength=1)[1:] * voxel
     removed = np.zeros(classes.shape, bool)
     removed[box] = np.append(False, ~_isLeft(sizes, ml))[components]
@@ -61,10 +62,17 @@ def relabelSmallET(yhat, N):
     """
     if N < 0:
         raise ValueError(f'N is {N}; 0 voxels or more were expected.')
-    isEnhancing = np.isin(asClasses(yhat, 'yhat'), config.REGIONS['ET'])
+    if N and not {'ET', 'NCR'} <= set(config.REGIONS):
+        raise ValueError(f'N is {N}; 0 was expected: config.REGIONS has {", ".join(config.REGIONS)}, not ET and NCR.')
+    isEnhancing = isIn(asClasses(yhat, 'yhat'), 'ET')
     if isEnhancing.sum() >= N:
         isEnhancing[:] = False
-    return _replace(yhat, isEnhancing, config.REGIONS['NCR'][0])
+    return _replace(yhat, isEnhancing, config.REGIONS.get('NCR', (0,))[0])
+
+
+def isIn(classes, region):
+    """Return where classes belong to a region of `config.REGIONS`, bool; nowhere if there is no such region."""
+    return np.isin(classes, config.REGIONS.get(region, ()))
 
 
 def _replace(yhat, mask, value):
@@ -191,8 +199,8 @@ class _Summary(NamedTuple):
 
 def _summarizeComponents(y, yhat, spacing):
     """Return the _Summary of one patient."""
-    match = matchLesions(y > 0, yhat > 0, spacing)
-    isTrue, isPredicted = (np.isin(classes[match.box], config.REGIONS['ET']) for classes in (y, yhat))
+    match = matchLesions(isIn(y, 'WT'), isIn(yhat, 'WT'), spacing)
+    isTrue, isPredicted = (isIn(classes[match.box], 'ET') for classes in (y, yhat))
     shape = np.array(match.isMatched.shape) + 1
     pairs = match.lesions.astype(np.int64) * shape[1] + match.components
     overlap = np.bincount(pairs.ravel(), minlength=shape.prod()).reshape(shape)[1:, 1:]

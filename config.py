@@ -9,6 +9,7 @@ from pathlib import Path
 # Patients. DATA_FOLDER is found when first read: the environment variable BRATS_FOLDER, else /kaggle/input if it holds
 # files of BraTS, else None. OUTPUT_FOLDER too: /kaggle/working, a mounted Drive on Colab, else the current folder.
 EDITION = None  # e.g. 'BraTS2020' if file names do not say the edition; None: detected from the names
+OWN_EDITIONS = {}  # name -> editions.Edition of a data set of your own, see docs/editions.md
 MODALITIES = ('t1ce', 't2', 'flair')  # the model's channels, in this order; t1 adds little
 SEED = 0  # of the split, the background patches and the training
 VAL_FRACTION = 0.15  # of the patients with a segmentation; used to choose the best epoch
@@ -50,14 +51,13 @@ BATCHSIZE = 32  # patches; fits a 16 GB card with a resnet34
 CACHE_PATCHES = 0.45  # of the machine's memory; files with fewer patches are held there, shared by the workers
 LOADER_WORKERS = 2  # processes; Colab has 2 cores, Kaggle 4
 
-# Model. ENCODER_IN_CHANNEL is the number of MODALITIES.
+# Model. ENCODER_IN_CHANNEL is the number of MODALITIES. CLASS_NAMES, CLASS_COLORS and REGIONS (name -> classes, as they
+# are scored) follow NO_CLASSES; with other numbers than 2, 4 and 5 set all four.
 ENCODER_NAME = 'resnet34'
 ENCODER_WEIGHTS = 'imagenet'  # downloaded once; without internet the encoder starts from random weights, with a message
 ENCODER_DEPTH = 5
 DECODER_CHANNELS = (256, 128, 64, 32, 16)
-NO_CLASSES = 4
-CLASS_NAMES = ('background', 'necrotic core', 'edema', 'enhancing tumor')  # of the classes 0 to 3
-CLASS_COLORS = ('#000000', '#2F6BFF', '#F0E442', '#E0301E')  # distinct for color-blind readers and from grey
+NO_CLASSES = 4  # 5: the resection cavity is class 4, not background; 2: all tumor is class 1
 
 # Training. DEVICE ('cuda', 'mps' or 'cpu') is found by trying it when first read. TIME_BUDGET, the hours from the start
 # of the process after which training stops, is 8.5 on Kaggle, where sessions end after 9 or 12 hours, else None.
@@ -81,7 +81,6 @@ PATIENCE = 10  # epochs without a better validation loss after which training st
 PREDICT_BATCH = 64  # patches of PATCH_SIZE x PATCH_SIZE per forward pass; bounds the memory
 
 # Scores. By default patients are scored by the rules of BraTS 2020, lesions by those of 2023; metrics/rules.py has all.
-REGIONS = {'WT': (1, 2, 3), 'TC': (1, 3), 'ET': (3,), 'NCR': (1,), 'ED': (2,)}  # classes of each region
 HD95_EMPTY = {'challenge': 373.12866, 'surface-distance': 374.0, 'pooled': 373.0}  # mm, if one mask is empty
 CONFIDENCE = 0.95  # level of the confidence interval of a mean
 BOOTSTRAP_RESAMPLES = 10_000  # for the interval
@@ -118,9 +117,12 @@ def _findDataFolder():
 @functools.cache
 def _findOnKaggle():
     # neither the results of earlier runs nor their phantoms
-    isBrats = re.compile(r'^(?!.*/phantoms/).*([_-](flair|t2f)\.nii|/imagesT[rs]/BRATS_)', re.IGNORECASE)
+    # .h5: single slices of 2020, which patients.makeFileList refuses in words
+    isBrats = re.compile(r'^(?!.*/phantoms/).*([_-](flair|t2f)\.nii|/imagesT[rs]/BRATS_|\.h5$)', re.IGNORECASE)
     kaggle = Path('/kaggle/input')
-    return next((str(kaggle) for path in kaggle.rglob('*.nii*') if isBrats.match(str(path))), None)
+    patterns = ('*.nii*', 'volume_*_slice_*.h5')
+    files = (path for pattern in patterns for path in kaggle.rglob(pattern))
+    return next((str(kaggle) for path in files if isBrats.match(str(path))), None)
 
 
 @functools.cache
@@ -149,6 +151,34 @@ def _findDevice():
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
+_CLASSES = (  # name and color, distinct for color-blind readers and from grey
+    ('background', '#000000'),
+    ('necrotic core', '#2F6BFF'),
+    ('edema', '#F0E442'),
+    ('enhancing tumor', '#E0301E'),
+    ('resection cavity', '#00006E'),
+)
+
+
+def _findClasses(column):
+    if NO_CLASSES == 2:
+        return (_CLASSES[0][column], ('tumor', _CLASSES[3][1])[column])
+    if NO_CLASSES not in (4, 5):
+        raise ValueError(
+            f'config.NO_CLASSES is {NO_CLASSES}; 2, 4 or 5 was expected. With another number set config.CLASS_NAMES, '
+            'CLASS_COLORS and REGIONS too.'
+        )
+    return tuple(row[column] for row in _CLASSES[:NO_CLASSES])
+
+
+def _findRegions():
+    if NO_CLASSES == 2:
+        return {'WT': (1,)}
+    _findClasses(0)  # refuses other numbers
+    regions = {'WT': (1, 2, 3), 'TC': (1, 3), 'ET': (3,), 'NCR': (1,), 'ED': (2,), 'RC': (4,)}
+    return {name: classes for name, classes in regions.items() if max(classes) < NO_CLASSES}
+
+
 def _inOutputFolder(name):
     return lambda: os.path.join(sys.modules[__name__].OUTPUT_FOLDER, name)
 
@@ -160,6 +190,9 @@ _FOUND = {
     'TRAIN_FILE': _inOutputFolder('train.h5'),
     'VAL_FILE': _inOutputFolder('val.h5'),
     'ENCODER_IN_CHANNEL': lambda: len(MODALITIES),
+    'CLASS_NAMES': lambda: _findClasses(0),
+    'CLASS_COLORS': lambda: _findClasses(1),
+    'REGIONS': _findRegions,
     'DEVICE': _findDevice,
     'TIME_BUDGET': lambda: 8.5 if Path('/kaggle/working').is_dir() else None,
     'LAST_CHECKPOINT': _inOutputFolder('last.pt'),

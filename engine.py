@@ -111,8 +111,9 @@ def validate(model, criterion, loader, dice=False):
         dice: return the Dice of the regions too.
 
     Returns:
-        float; divided by the number of samples it is the epoch's loss. With `dice`, also a dict of WT, TC and ET to
-        their Dice, a micro average over the pixels of all patches; 1 if a region is neither there nor predicted.
+        float; divided by the number of samples it is the epoch's loss. With `dice`, also a dict of WT, TC and ET (those
+        that `config.REGIONS` has) to their Dice, a micro average over the pixels of all patches; 1 if a region is
+        neither there nor predicted.
 
     Raises:
         FloatingPointError: a loss is not finite; the batch is named.
@@ -138,7 +139,7 @@ def validate(model, criterion, loader, dice=False):
 def _diceOf(counts):
     """Return the Dice of the main regions from the pixels (K, K) of each true and predicted class."""
     found = {}
-    for region in ('WT', 'TC', 'ET'):
+    for region in [name for name in ('WT', 'TC', 'ET') if name in config.REGIONS]:
         numbers = list(config.REGIONS[region])
         total = int(counts[numbers].sum() + counts[:, numbers].sum())
         found[region] = 2 * int(counts[numbers][:, numbers].sum()) / total if total else 1.0

@@ -12,14 +12,15 @@ import numpy as np
 import torchio as tio
 
 import config
+from editions import classesOf, known
 from fingerprint import fingerprint
-from patients import EDITIONS, detectEdition, hasFile, maskFunction
+from patients import detectEdition, hasFile, maskFunction
 from transforms import StretchHistogram, imageKeys, volumeTransform
 
 # Parts of an identity that decide what a network sees, with the words for them
 SEEN = {
     'modalities': 'config.MODALITIES',
-    'classes': 'config.CLASS_NAMES',
+    'classes': 'config.NO_CLASSES or config.CLASS_NAMES',
     'patchSize': 'config.PATCH_SIZE',
     'planes': 'config.PLANES',
     'stretching': '[config.STRETCH_PERCENTILES, config.STRETCH_RANGE]',
@@ -51,14 +52,14 @@ def identify(dataframe, transform=None):
         `patients`: id -> column -> checksum.
 
     Raises:
-        ValueError: the transform has no fingerprint, see `fingerprint`.
+        ValueError: the transform has no fingerprint, see `fingerprint`; or an edition has other classes than `config`.
     """
     stretching = stretchingOf(volumeTransform() if transform is None else transform)
     names = {_editionOf(paths) for _, paths in dataframe.iterrows()} - {None}
     share, step = plain(config.BACKGROUND_SHARE), plain(config.SLICE_STEP)
     return {
         **{name: value for name, value in configured().items() if name != 'stretching'},
-        'editions': {name: [[*pair] for pair in EDITIONS[name].classes.items()] for name in sorted(names)},
+        'editions': {name: [[*pair] for pair in classesOf(name).items()] for name in sorted(names)},
         'patchStride': plain(config.PATCH_STRIDE),
         'sliceStep': [step, plain(config.SEED)] if step > 1 else None,
         'randomStarts': plain(config.SEED) if config.RANDOM_STARTS else None,
@@ -243,7 +244,8 @@ def checkPatchFile(file, found):
     differing = differences(found, configured(), names)
     declared = config.EDITION
     if declared is not None and declared not in found['editions']:
-        pattern = EDITIONS[declared].patient  # the declared edition takes the patients that have its names
+        edition = known()[declared]
+        pattern = edition.claims or edition.patient  # the declared edition takes the patients that have its names
         if any(re.fullmatch(pattern, patient) for patient in found['patients']):
             differing.append(f'its patients are of {", ".join(found["editions"])}, not config.EDITION = {declared!r}')
     if differing:

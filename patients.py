@@ -3,7 +3,6 @@
 import os
 import re
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -12,61 +11,34 @@ import pandas as pd
 from isal import igzip, isal_zlib
 
 import config
+from editions import COLUMNS, EDITIONS, MISNAMED, Edition, classesOf, detect, known, undetected
 
-COLUMNS = ('t1', 't1ce', 't2', 'flair', 'seg')
+__all__ = [
+    'COLUMNS',
+    'EDITIONS',
+    'MISNAMED',
+    'Edition',
+    'alongMemory',
+    'checkGrid',
+    'detectEdition',
+    'fileOf',
+    'hasFile',
+    'makeFileList',
+    'maskFunction',
+    'patientOf',
+    'readCase',
+    'readLabel',
+    'readVolume',
+    'readVolumes',
+    'spacingOf',
+    'toClasses',
+]
+
 MAX_MAGNITUDE = 1e6  # no scanner writes larger values
 UNKNOWN = 255  # marks a label without a class
 # A header that says more is broken, and is refused before memory is allocated
 MAX_VOXELS = 2**27  # 512 x 512 x 512
 MAX_OFFSET = 2**24  # bytes before the first voxel
-
-
-@dataclass(frozen=True)
-class Edition:
-    """How one edition of BraTS names its files and labels. The code knows nothing else about an edition."""
-
-    patient: str  # regular expression of a patient id
-    suffixes: dict  # end of a file name -> columns of the file list
-    classes: dict  # label in the files -> class; if two labels have one class, the first is written
-    name: str = r'{patient}[_-]{suffix}'  # of a file, with its folder, without .nii or .nii.gz
-    channels: dict | None = None  # column -> index in a 4-D file; None: one file per modality
-    detectable: bool = True  # False: another edition has the same names, so config.EDITION has to declare it
-
-    def labels(self):
-        """Return the label that each class is written as, uint8 (NO_CLASSES,)."""
-        written = {number: label for label, number in reversed(self.classes.items())}
-        return np.array([written[number] for number in sorted(written)], np.uint8)
-
-    def parse(self, path, anyPatient=False):
-        """Return (patient id, columns) of a file that is named as in this edition, else None."""
-        ends, patient = '|'.join(self.suffixes), '[^/]+' if anyPatient else self.patient
-        pattern = self.name.format(patient=f'(?P<patient>{patient})', suffix=f'(?P<suffix>{ends})')
-        match = re.fullmatch(f'(?:.*/)?{pattern}', _stem(path), re.IGNORECASE)
-        return match and (match['patient'], self.suffixes[match['suffix'].lower()])
-
-
-_CLASSIC = {name: (name,) for name in COLUMNS}
-_NEWER = {'t1n': ('t1',), 't1c': ('t1ce',), 't2w': ('t2',), 't2f': ('flair',), 'seg': ('seg',)}
-_ALL = ('flair', 't1', 't1ce', 't2')  # the order in one 4-D file
-_UNTIL_2021 = {0: 0, 1: 1, 2: 2, 4: 3}
-EDITIONS = {
-    'BraTS2018': Edition(r'Brats18_\w+', _CLASSIC, _UNTIL_2021),
-    'BraTS2019': Edition(r'BraTS19_\w+', _CLASSIC, _UNTIL_2021),
-    'BraTS2020': Edition(r'BraTS20_(?:Training|Validation|Testing)_\d+', _CLASSIC, _UNTIL_2021),
-    'BraTS2021': Edition(r'BraTS2021_\d+', _CLASSIC, _UNTIL_2021),
-    'BraTS2023': Edition(r'BraTS-(?:GLI|SSA)-\d+-\d+', _NEWER, {0: 0, 1: 1, 2: 2, 3: 3}),
-    # after treatment: 4 is the resection cavity, which is background and never enhancing tumor
-    'BraTS2024': Edition(r'BraTS-GLI-\d+-\d+', _NEWER, {0: 0, 1: 1, 2: 2, 3: 3, 4: 0}, detectable=False),
-    'Decathlon': Edition(
-        r'BRATS_\d+',
-        {'imagestr': _ALL, 'imagests': _ALL, 'labelstr': ('seg',)},
-        {0: 0, 1: 2, 2: 1, 3: 3},
-        name=r'{suffix}/{patient}',
-        channels={column: place for place, column in enumerate(_ALL)},
-    ),
-}
-# Files published under a wrong name: stem -> correct stem
-MISNAMED = {'W39_1998.09.19_Segm': 'BraTS20_Training_355_seg'}
 
 
 def makeFileList(folder=None):
@@ -79,37 +51,74 @@ def makeFileList(folder=None):
 
     Returns:
         DataFrame indexed by patient id, sorted, with the columns `t1`, `t1ce`, `t2`, `flair`, `seg`: paths (str), or
-        None for a file that the patient does not have.
+        None for a file that the patient does not have. A segmentation that was corrected by hand is taken in place of
+        an automatic one; how many are automatic is printed.
 
     Raises:
         FileNotFoundError: the folder does not exist or holds no patient.
-        ValueError: the edition of a file cannot be detected from its name, or a patient has a file twice.
+        ValueError: the edition of a file cannot be detected from its name, or is not read; or a patient has a file
+            twice.
     """
     folder = folder or config.DATA_FOLDER
     if folder is None:
         raise FileNotFoundError('No folder of patients: set config.DATA_FOLDER or the variable BRATS_FOLDER to it.')
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'The folder of patients {folder} does not exist.')
-    rows = {}
+    rows, automatic = {}, {}
     for path in _niftiFiles(folder):
-        detected = _detectEdition(path)
-        if detected is None:
+        found = detect(path)
+        if found is None:
             continue
-        _, patient, columns = detected
-        row = rows.setdefault(patient, dict.fromkeys(COLUMNS))
-        for column in columns:
+        row = (automatic if found.isAutomatic else rows).setdefault(found.patient, dict.fromkeys(COLUMNS))
+        for column in found.columns:
             if row[column] is not None:
-                raise ValueError(f'Patient {patient} has {column} twice: {row[column]} and {path}. Keep one of them.')
+                raise ValueError(
+                    f'Patient {found.patient} has {column} twice: {row[column]} and {path}. Keep one of them.'
+                )
             row[column] = str(path)
+    _addAutomatic(rows, automatic)
     for patient in [name for name, row in rows.items() if not any(row[column] for column in COLUMNS[:-1])]:
         print(f'{rows.pop(patient)["seg"]} is ignored: {patient} has no image.')
     if not rows:
-        raise FileNotFoundError(
-            f'No patient below {folder}. Expected files like BraTS20_Training_001_t1ce.nii.gz or '
-            'BraTS-GLI-00000-000-t1c.nii.gz; files named otherwise need config.EDITION.'
-        )
+        raise FileNotFoundError(f'No patient below {folder}. {_hintAt(folder)}')
     table = pd.DataFrame.from_dict(rows, orient='index', columns=list(COLUMNS), dtype=object).sort_index()
     return table.where(table.notna(), None).rename_axis('patient')
+
+
+def _addAutomatic(rows, automatic):
+    """Add the automatic segmentations to the rows of patients that have no other, and print how many.
+
+    Args:
+        rows, automatic: patient id -> column -> path; the first is changed.
+    """
+    added = {
+        patient: row['seg'] for patient, row in automatic.items() if not rows.get(patient, row | {'seg': None})['seg']
+    }
+    for patient, path in added.items():
+        rows.setdefault(patient, dict.fromkeys(COLUMNS))['seg'] = path
+    if automatic:
+        print(
+            f'{len(added)} segmentations are automatic, without correction by hand; for {len(automatic) - len(added)} '
+            'patients one that was corrected by hand is taken instead.'
+        )
+
+
+def _hintAt(folder):
+    """Return, in words, what to do about a folder in which there are no patients."""
+    if any(Path(folder).rglob('volume_*_slice_*.h5')):
+        return (
+            'Its .h5 files are single slices of BraTS 2020, as in awsaf49/brats2020-training-data; volumes are needed. '
+            'Attach the NIfTI files instead: awsaf49/brats20-dataset-training-validation.'
+        )
+    if any(Path(folder).rglob('VSD.Brain*.mha')):
+        return (
+            'Its .mha files are BraTS 2013 to 2016, where label 3 is non-enhancing tumor; they are not read. '
+            'Take BraTS 2017 or later.'
+        )
+    return (
+        'Expected files like BraTS20_Training_001_t1ce.nii.gz or BraTS-GLI-00000-000-t1c.nii.gz; files named otherwise '
+        'need config.EDITION.'
+    )
 
 
 def _niftiFiles(folder):
@@ -128,46 +137,8 @@ def _niftiFiles(folder):
                 yield Path(here, name)
 
 
-def _stem(path):
-    """Return `folder/name` of a file without its ending, with published wrong names corrected."""
-    path = Path(path)
-    stem = re.sub(r'\.nii(\.gz)?$', '', path.name, flags=re.IGNORECASE)
-    return f'{path.parent.name}/{MISNAMED.get(stem, stem)}'
-
-
-def _detectEdition(path):
-    """Return (name of the edition, patient id, columns) of a file, or None if it is not named like a patient's file.
-
-    `config.EDITION` decides between editions with the same file names, and for names of no known edition.
-
-    Raises:
-        ValueError: the name ends like a modality, fits no edition, and none is declared.
-    """
-    declared = config.EDITION
-    if declared is not None and declared not in EDITIONS:
-        raise ValueError(f'config.EDITION is {declared!r}; known are {", ".join(EDITIONS)}.')
-    detectable = [name for name, edition in EDITIONS.items() if edition.detectable and name != declared]
-    for name in ([] if declared is None else [declared]) + detectable:
-        if parsed := EDITIONS[name].parse(path):
-            return name, *parsed
-    if declared is not None:
-        parsed = EDITIONS[declared].parse(path, anyPatient=True)
-        return parsed and (declared, *parsed)
-    # the Decathlon's folders have the same names for other organs, and any program may write a seg: no patient's
-    unknown = [edition.parse(path, anyPatient=True) for edition in EDITIONS.values() if not edition.channels]
-    if any(parsed and parsed[1] != ('seg',) for parsed in unknown):
-        raise ValueError(f'{path}: {_UNDETECTED}')
-    return None
-
-
-_UNDETECTED = (
-    'the edition cannot be detected from the file name, and labels mean different tissues in different editions. '
-    f'Set config.EDITION to one of {", ".join(map(repr, EDITIONS))}.'
-)
-
-
 def detectEdition(paths):
-    """Return the name of a patient's edition, a key of `EDITIONS`, from its file names or `config.EDITION`.
+    """Return the name of a patient's edition, a key of `editions.known()`, from its file names or `config.EDITION`.
 
     Args:
         paths: one row of the file list (Series or dict).
@@ -176,11 +147,11 @@ def detectEdition(paths):
         ValueError: neither the names nor `config.EDITION` say which edition it is.
     """
     for column in COLUMNS:
-        detected = _detectEdition(paths[column]) if hasFile(paths, column) else None
-        if detected is not None:
-            return detected[0]
+        found = detect(paths[column]) if hasFile(paths, column) else None
+        if found is not None:
+            return found.edition
     if config.EDITION is None:
-        raise ValueError(f'{patientOf(paths)}: {_UNDETECTED}')
+        raise ValueError(f'{patientOf(paths)}: {undetected()}')
     return config.EDITION
 
 
@@ -218,7 +189,8 @@ def readCase(paths, modalities=None):
     Returns:
         image: float32 (C, W, H, D), intensities as in the files. The axes point to the patient's right, front and top
             (RAS+), whatever the order in the files.
-        label: uint8 (W, H, D), classes 0 to 3 by the edition's table; None if the patient has no segmentation.
+        label: uint8 (W, H, D), classes 0 to 3 by the edition's table, of `config.NO_CLASSES` classes (see
+            `editions.classesOf`); None if the patient has no segmentation.
 
     Raises:
         FileNotFoundError: a modality is missing.
@@ -245,7 +217,7 @@ def readVolumes(paths, modalities=None):
     patient, opened, label = patientOf(paths), {}, None
     modalities = config.MODALITIES if modalities is None else modalities
     try:
-        channels = EDITIONS[detectEdition(paths)].channels or {}
+        channels = known()[detectEdition(paths)].channels or {}
     except ValueError:
         channels = {}  # unknown edition: matters only if there are labels
     files = [(modality, fileOf(paths, modality)) for modality in modalities]
@@ -267,7 +239,7 @@ def readVolumes(paths, modalities=None):
 
 
 def readLabel(paths):
-    """Return the segmentation of a patient only, as `readCase` does: uint8 (W, H, D), classes 0 to 3, RAS+."""
+    """Return the segmentation of a patient only, as `readCase` does: uint8 (W, H, D), classes, RAS+."""
     return toClasses(readVolume(paths['seg'], patientOf(paths))[0], paths)
 
 
@@ -355,19 +327,20 @@ def checkGrid(paths, column, shape, affine, first, firstShape, firstAffine):
         raise ValueError(f'{where} lies up to {distance:.1f} mm away from {first}; their affines must agree.')
 
 
-def toClasses(volume, paths, edition=None):
+def toClasses(volume, paths, edition=None, numClasses=None):
     """Return the classes of a segmentation's labels by its edition's table.
 
     Args:
         volume: labels, integer or float, any shape.
         paths: the patient's row of the file list.
         edition: name of the edition; default `detectEdition(paths)`.
+        numClasses: as in `editions.classesOf`.
 
     Returns:
-        uint8 of the same shape, classes 0 to 3.
+        uint8 of the same shape, classes 0 to 3, and others as `editions.classesOf` says.
 
     Raises:
-        ValueError: values between labels, or a label unknown to the edition.
+        ValueError: values between labels, a label unknown to the edition, or an edition with other classes.
     """
     labels = volume
     if volume.dtype.kind == 'f':
@@ -375,9 +348,8 @@ def toClasses(volume, paths, edition=None):
         if np.abs(volume - labels).max() > 1e-3:
             raise ValueError(f'{patientOf(paths)}: {paths["seg"]} has values between the labels; was it interpolated?')
     edition = edition or detectEdition(paths)
-    table = np.full(256, UNKNOWN, np.uint8)
-    for label, number in EDITIONS[edition].classes.items():
-        table[label] = number
+    table, classes = np.full(256, UNKNOWN, np.uint8), classesOf(edition, numClasses)
+    table[list(classes)] = list(classes.values())
     # nearly all labels are 0, class 0 in every edition: only the others are looked up
     turn, turnBack = alongMemory(labels)
     isLabelled = turn(labels) != 0
@@ -385,11 +357,10 @@ def toClasses(volume, paths, edition=None):
     isByte = labelled.size == 0 or (labelled.min() >= 0 and labelled.max() <= 255)
     numbers = table[labelled.astype(np.uint8)] if isByte else None
     if numbers is None or (numbers == UNKNOWN).any():
-        found, known = (sorted(int(label) for label in some) for some in (np.unique(labels), EDITIONS[edition].classes))
-        others = [name for name in EDITIONS if not EDITIONS[name].detectable and EDITIONS[name].parse(paths['seg'])]
-        hint = f' Is it config.EDITION = {others[0]!r}?' if others and config.EDITION is None else ''
+        found, expected = (sorted(int(label) for label in some) for some in (np.unique(labels), classes))
         raise ValueError(
-            f'{patientOf(paths)}: {paths["seg"]} has the labels {found[:9]}, but {edition} knows {known}.{hint}'
+            f'{patientOf(paths)}: {paths["seg"]} has the labels {found[:9]}, but {edition} knows {expected}. '
+            f'{known()[edition].note}'.rstrip()
         )
     classes = np.zeros(isLabelled.shape, np.uint8)
     classes[isLabelled] = numbers

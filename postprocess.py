@@ -19,11 +19,12 @@ import config
 import metrics
 from atomic import writeAtomically
 from components import Tuning, applyRules, kindOf, relabelSmallET, removeSmallComponents, tunePostprocessing
+from editions import CAVITY, labelsOf
 from engine import predict, predictAll
 from fingerprint import fingerprint
 from identity import stretchingOf
 from parallel import attempt, forEachPatient, leaveOut, usesProcesses
-from patients import EDITIONS, detectEdition, hasFile, spacingOf
+from patients import detectEdition, hasFile, spacingOf
 from scoring import noScores, readPrediction, readSettings, scoreFolder
 from trained import followAll, membersFor, membersOf, trainedAmong, warnOfTrained
 
@@ -46,7 +47,9 @@ def saveSegmentation(yhat, paths, file):
     """Write a segmentation as the challenge accepts it: on the grid of the patient's images, in the edition's labels.
 
     Args:
-        yhat: integer (D, W, H), classes 0 to 3, as `engine.predict` returns it (tensor or array).
+        yhat: integer (D, W, H), classes 0 to 3, as `engine.predict` returns it (tensor or array). Class 4, the
+            resection cavity, is written as background, with a warning, if the edition has no label for it. With two
+            classes, tumor is written as the edition's first label of tumor.
         paths: the patient's row of the file list. Shape, axis order, sform and qform with their codes are those of the
             first of `config.MODALITIES`, never those of the seg.
         file: path to write, `.nii.gz` or `.nii`; uint8 without scaling.
@@ -55,12 +58,21 @@ def saveSegmentation(yhat, paths, file):
         ValueError: `yhat` has another shape than the images or other classes, or `file` another ending.
     """
     classes = np.asarray(yhat)
-    labels = EDITIONS[detectEdition(paths)].labels()
-    if not np.isin(classes, np.arange(len(labels))).all():
+    edition = detectEdition(paths)
+    labels = labelsOf(edition)
+    if not np.isin(classes, list(labels)).all():
         raise ValueError(
-            f'{file}: yhat has the classes {np.unique(classes)[:9]}; 0 to {len(labels) - 1} were expected.'
+            f'{file}: yhat has the classes {np.unique(classes)[:9]}; {", ".join(map(str, sorted(labels)))} were '
+            f'expected, which have a label in {edition}.'
         )
-    _saveOnGrid(labels[classes], paths, file)
+    if labels.get(CAVITY) == 0 and (numVoxels := np.count_nonzero(classes == CAVITY)):
+        text = (
+            f'{file}: {numVoxels} voxels of resection cavity are written as background; {edition} has no label for it.'
+        )
+        warnings.warn(text, stacklevel=2)
+    table = np.zeros(max(labels) + 1, np.uint8)
+    table[list(labels)] = list(labels.values())
+    _saveOnGrid(table[classes], paths, file)
 
 
 def saveProbabilities(probability, paths, file):

@@ -45,8 +45,9 @@ def makeDataset(dataframe, filename, transform=None, part=None):
 
     Every `config.SLICE_STEP`-th slice of each of `config.PLANES` is cut into as many overlapping windows of
     `config.PATCH_SIZE` as cover it at `config.PATCH_STRIDE`. With `config.RANDOM_STARTS` they start anywhere. A patch
-    with tumor is kept. Of the patches with brain but no tumor, a fraction `config.BACKGROUND_SHARE` is kept. First
-    slices, starts and background patches are drawn from `config.SEED` and the patient's id.
+    with tumor, or with resection cavity if that is a class, is kept. Of the other patches with brain, a fraction
+    `config.BACKGROUND_SHARE` is kept. First slices, starts and background patches are drawn from `config.SEED` and the
+    patient's id.
 
     The file is renamed to its final name when it is complete. If it exists and was cut from the same files with the
     same settings, its checksums are verified and nothing is cut. Memory does not grow with the number of patients. A
@@ -118,11 +119,12 @@ def partFile(filename, part):
 
 def _identify(dataframe, transform):
     """Return the identity of a file list without its patients; of an unknown transform, with a message."""
+    stretched = {'format': FORMAT, **identify(dataframe)}
     try:
-        return {'format': FORMAT, **identify(dataframe, transform)}
+        return stretched if transform is None else {'format': FORMAT, **identify(dataframe, transform)}
     except ValueError as error:
         print(f'The transform cannot be compared with an earlier one, so patches are always cut anew: {error}')
-        return {'format': FORMAT, **identify(dataframe), 'stretching': None, 'transform': UNKNOWN}
+        return {**stretched, 'stretching': None, 'transform': UNKNOWN}
 
 
 def _countIfCurrent(filename, identity, dataframe, known):

@@ -8,13 +8,13 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
+import config
 import metrics
 from components import applyRules
+from editions import CAVITY
 from metrics.rules import RULES, findRule
 from parallel import forEachPatient, leaveOut
-from patients import EDITIONS, checkGrid, detectEdition, hasFile, readVolume, spacingOf, toClasses
-
-_CAVITY = 4  # the label of the resection cavity, and its class in `metrics.rules.RULES`
+from patients import checkGrid, detectEdition, hasFile, readVolume, spacingOf, toClasses
 
 
 def readSettings(folder):
@@ -132,7 +132,7 @@ def _scoreCase(folder, rules, kind, challenges, paths):
 def _applyRules(yhat, rules, spacing, kind):
     """Return a prediction with the resection cavity as it was, after the rules against small components."""
     kept = applyRules(_withoutCavity(yhat), rules, spacing, kind)
-    return np.where((yhat == _CAVITY) & (kept == 0), np.uint8(_CAVITY), kept)
+    return np.where((yhat == CAVITY) & (kept == 0), np.uint8(CAVITY), kept)
 
 
 def _scoreByRule(truth, yhat, spacing, paths, name):
@@ -144,7 +144,7 @@ def _scoreByRule(truth, yhat, spacing, paths, name):
         paths: row of the file list.
         name: key of `RULES`.
     """
-    if RULES[name].numClasses() <= _CAVITY:
+    if RULES[name].numClasses() <= CAVITY:  # no region of the rule is the cavity
         truth, yhat = _withoutCavity(truth), _withoutCavity(yhat)
     table = metrics.scorePatient(truth, yhat, spacing, name)
     if RULES[name].regions is None:
@@ -179,7 +179,7 @@ def readPrediction(paths, folder):
             another axis order is corrected.
 
     Returns:
-        y, yhat: uint8 (D, W, H), classes 0 to 3, slices first as `engine.predict` returns them.
+        y, yhat: uint8 (D, W, H), classes of `config.NO_CLASSES`, slices first as `engine.predict` returns them.
 
     Raises:
         FileNotFoundError: the folder has no segmentation of the patient.
@@ -210,15 +210,15 @@ def _readPredicted(paths, folder, truth, affine):
 
 def _toClasses(labels, paths, edition):
     """Return the classes of labels (W, H, D) by an edition's table, and class 4 for the cavity, uint8 (D, W, H)."""
-    classes = toClasses(labels, paths, edition)
-    if EDITIONS[edition].classes.get(_CAVITY) == 0:  # read as background
-        classes[np.rint(labels) == _CAVITY] = _CAVITY
-    return classes.transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
+    numClasses = config.NO_CLASSES if config.NO_CLASSES == 2 else max(config.NO_CLASSES, CAVITY + 1)
+    return toClasses(labels, paths, edition, numClasses).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
 
 
 def _withoutCavity(classes):
-    """Return classes with the resection cavity as background."""
-    return np.where(classes == _CAVITY, np.uint8(0), classes) if (classes == _CAVITY).any() else classes
+    """Return classes with the resection cavity as background, unless `config.NO_CLASSES` has it as a class."""
+    if config.NO_CLASSES > CAVITY:
+        return classes
+    return np.where(classes == CAVITY, np.uint8(0), classes) if (classes == CAVITY).any() else classes
 
 
 def _findPrediction(patient, folder):

@@ -10,7 +10,7 @@ import segmentation_models_pytorch as smp
 import torch
 
 import config
-from cohort import withoutTime
+from editions import withoutTime
 from identity import (
     CUT,
     SEEN,

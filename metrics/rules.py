@@ -142,10 +142,15 @@ def findRule(name, isLesionWise=False):
         isLesionWise: whether lesion-wise scores are asked for.
 
     Raises:
-        ValueError: if there is no such rule, or it has no lesion-wise scores.
+        ValueError: if there is no such rule, it has no lesion-wise scores, or it has classes that `config` has not.
     """
     known = [other for other, rule in RULES.items() if not isLesionWise or rule.regions]
     if name not in known:
         what = 'lesion-wise scores by' if isLesionWise else 'scores by'
         raise ValueError(f'rule is {name!r}; there are {what} {", ".join(known)}.')
+    if RULES[name].regions and config.NO_CLASSES < 4:
+        raise ValueError(
+            f'rule is {name!r}, which tells the tissues of a tumor apart, but config.NO_CLASSES is '
+            f'{config.NO_CLASSES}; BraTS2020 scores the regions of config.REGIONS.'
+        )
     return RULES[name]

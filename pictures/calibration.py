@@ -94,7 +94,7 @@ def _drawCalibration(panel, below, counts):
     panel.plot([0, 1], [0, 1], color='black', linewidth=1, linestyle='--', label='perfectly calibrated')
     voxels, sums, hits = counts
     bins = voxels.shape[1]
-    for number, (color, marker) in enumerate(zip(config.CLASS_COLORS[1:], 'os^', strict=True)):
+    for number, (color, marker) in enumerate(zip(config.CLASS_COLORS[1:], 'os^Dv', strict=False)):
         isFilled = voxels[number] > 0
         predicted, observed = (values[number, isFilled] / voxels[number, isFilled] for values in (sums, hits))
         error = (voxels[number, isFilled] * np.abs(observed - predicted)).sum() / max(voxels[number].sum(), 1)

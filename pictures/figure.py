@@ -73,6 +73,11 @@ def shownChannel(numChannels):
     return names.index('flair') if 'flair' in names else 0
 
 
+def mainRegions():
+    """Return those of `MAIN_REGIONS` that `config.REGIONS` has."""
+    return [name for name in MAIN_REGIONS if name in config.REGIONS]
+
+
 def foreground(volume):
     """Return the mask (bool) of what is above the background in a stretched image: the background is its minimum."""
     return volume > volume.min()

@@ -13,16 +13,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 import config
-from patients import COLUMNS, EDITIONS, detectEdition, hasFile, maskFunction, patientOf, readCase, readVolume
+from editions import known, labelsOf
+from patients import COLUMNS, detectEdition, hasFile, maskFunction, patientOf, readCase, readVolume
 from pictures.figure import (
     BELOW,
-    MAIN_REGIONS,
     aspectRatio,
     channelNames,
     countText,
     cropBox,
     displayWindow,
     foreground,
+    mainRegions,
     markSides,
     mostInformativeSlice,
     newFigure,
@@ -110,7 +111,8 @@ def plotModalities(paths):
     cut = {name: volume[..., number][box] for name, volume in volumes.items()}
     windows = {name: displayWindow(volume, brains[name]) for name, volume in volumes.items()}
     heights = 2.3 * aspectRatio(box) + 0.7, 1.5 * aspectRatio(box) + 0.8  # inches
-    figure = newFigure(9.6, sum(heights if label is not None else heights[:1]) + 0.3)
+    width = max(9.6, 1.6 * (config.NO_CLASSES - 1 + len(mainRegions())))
+    figure = newFigure(width, sum(heights if label is not None else heights[:1]) + 0.3)
     figure.suptitle(f'{patientOf(paths)}, axial slice {number} of {brain.shape[2]}', fontsize=11)
     above, below = (figure, None) if label is None else figure.subfigures(2, 1, height_ratios=heights)
     panels = above.subplots(1, len(cut), squeeze=False)[0]
@@ -121,7 +123,7 @@ def plotModalities(paths):
     if label is not None:
         name = config.MODALITIES[shownChannel(len(config.MODALITIES))]
         low, high = windows[name]
-        labels = EDITIONS[detectEdition(paths)].labels()
+        labels = labelsOf(detectEdition(paths))
         # darker than above, so that the colors stand out
         _drawClassesAndRegions(below, cut[name], (low, 1.6 * high - 0.6 * low), label[..., number][box], labels, name)
     return figure
@@ -166,7 +168,7 @@ def _readModalities(paths):
     image, label = readCase(paths)
     volumes = dict(zip(config.MODALITIES, image, strict=True))
     try:
-        channels = EDITIONS[detectEdition(paths)].channels or {}
+        channels = known()[detectEdition(paths)].channels or {}
     except ValueError:
         channels = {}  # unknown edition: readCase accepts it without a segmentation
     names = [name for name in COLUMNS if name in CAPTIONS and hasFile(paths, name)]
@@ -190,15 +192,16 @@ def _sliceOfClasses(label, brain):
 
 def _drawClassesAndRegions(figure, image, window, classes, labels, name):
     """Draw each class, with its label in the files, and each region, outlined, over a slice of the modality `name`."""
-    left, right = figure.subfigures(1, 2)
+    numbers, names = range(1, config.NO_CLASSES), mainRegions()
+    left, right = figure.subfigures(1, 2, width_ratios=(len(numbers), len(names)))
     left.suptitle(f'Classes over {name}: each voxel has one', fontsize=10)
     right.suptitle('Regions: classes taken together, as they are scored', fontsize=10)
-    numbers = range(1, config.NO_CLASSES)
-    for panel, number in zip(left.subplots(1, len(numbers)), numbers, strict=True):
+    for panel, number in zip(left.subplots(1, len(numbers), squeeze=False)[0], numbers, strict=True):
         showSlice(panel, image, window, f'{number} = {config.CLASS_NAMES[number]}')
         _drawMembers(panel, classes, (number,))
-        panel.set_xlabel(f'label {labels[number]} in the files', fontsize=8)
-    for panel, region in zip(right.subplots(1, len(MAIN_REGIONS)), MAIN_REGIONS, strict=True):
+        text = f'label {labels[number]} in the files' if labels.get(number) else 'not in these files'
+        panel.set_xlabel(text, fontsize=8)
+    for panel, region in zip(right.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         members = config.REGIONS[region]
         showSlice(panel, image, window, f'{region} = {" + ".join(map(str, members))}')
         isIn = _drawMembers(panel, classes, members)
@@ -267,7 +270,8 @@ def _listTransforms(transform):
 
 def _outlineClasses(panel, classes):
     """Draw the outlines of the classes of a slice."""
-    for number in (2, 3, 1):  # from the outside in, so that the outline of the inner class stays visible
+    # from the outside in, so that the outline of the inner class stays visible
+    for number in sorted(range(1, config.NO_CLASSES), key=lambda number: {2: 0, 3: 1}.get(number, 2)):
         isClass = (classes == number).T
         if isClass.any() and not isClass.all():
             panel.contour(isClass, levels=[0.5], colors=[config.CLASS_COLORS[number]], linewidths=1)
@@ -336,8 +340,8 @@ def _addLegend(panel, names, colors, classes, unit, **place):
 def plotCases(table, predict):
     """Draw the best, the median and the worst patient: truth and prediction in the most informative slice.
 
-    Patients are ranked by the mean of their Dice of WT, TC and ET; the median of an even number is the lower of the
-    middle two. The slice is chosen as in `plotPrediction`.
+    Patients are ranked by the mean of their Dice of WT, TC and ET, as far as `config.REGIONS` has them; the median of
+    an even number is the lower of the middle two. The slice is chosen as in `plotPrediction`.
 
     Args:
         table: DataFrame of `metrics.scoreTable`.
@@ -367,16 +371,16 @@ def plotCases(table, predict):
     patches = [Patch(facecolor=color, edgecolor='#777777') for color in config.CLASS_COLORS[1:]]
     figure.legend(patches, config.CLASS_NAMES[1:], ncols=len(patches), **BELOW)
     count = countText(table['patient'].nunique())
-    figure.suptitle(f'{count}, ranked by mean Dice of {", ".join(MAIN_REGIONS)}', fontsize=10)
+    figure.suptitle(f'{count}, ranked by mean Dice of {", ".join(mainRegions())}', fontsize=10)
     return figure
 
 
 def _rankCases(table):
     """Return the patients to draw, best first, and the text for each."""
     requireColumns(table, ['patient', 'region', 'dice'])
-    dice = table.pivot(index='patient', columns='region', values='dice').reindex(columns=MAIN_REGIONS).dropna()
+    dice = table.pivot(index='patient', columns='region', values='dice').reindex(columns=mainRegions()).dropna()
     if dice.empty:
-        raise ValueError(f'No patient of the table has a Dice of each of {", ".join(MAIN_REGIONS)}.')
+        raise ValueError(f'No patient of the table has a Dice of each of {", ".join(mainRegions())}.')
     dice['mean'] = dice.mean(axis=1)
     dice = dice.sort_values('mean', ascending=False, kind='stable')
     names = {len(dice) // 2: 'median'} | {0: 'best', len(dice) - 1: 'worst' if len(dice) > 1 else 'the only patient'}

@@ -10,8 +10,10 @@ import config
 
 COLUMNS = ['t1', 't1ce', 't2', 'flair', 'seg']
 NEWER = ['t1n', 't1c', 't2w', 't2f', 'seg']  # the same columns in the file names of 2023 and 2024
+UPENN = ['T1', 'T1GD', 'T2', 'FLAIR']
 CLASSIC_LABELS, NEWER_LABELS = [0, 1, 2, 4], [0, 1, 2, 3]  # of the classes 0 to 3
 LAYOUTS = {  # edition -> file name, columns, labels
+    'BraTS2017': ('{g}/Brats17_TCIA_{i}_1/Brats17_TCIA_{i}_1_{c}.nii.gz', COLUMNS, CLASSIC_LABELS),
     'BraTS2018': ('{g}/Brats18_CBICA_A{i}_1/Brats18_CBICA_A{i}_1_{c}.nii.gz', COLUMNS, CLASSIC_LABELS),
     'BraTS2019': ('{g}/BraTS19_2013_{i}_1/BraTS19_2013_{i}_1_{c}.nii.gz', COLUMNS, CLASSIC_LABELS),
     'BraTS2020': ('BraTS20_Training_{i:03d}/BraTS20_Training_{i:03d}_{c}.nii', COLUMNS, CLASSIC_LABELS),
@@ -23,6 +25,20 @@ LAYOUTS = {  # edition -> file name, columns, labels
         NEWER_LABELS,
     ),
     'BraTS2024': ('BraTS-GLI-{i:05d}-101/BraTS-GLI-{i:05d}-101-{c}.nii.gz', NEWER, NEWER_LABELS),
+    'GoAT': ('BraTS-GoAT-{i:05d}/BraTS-GoAT-{i:05d}-{c}.nii.gz', NEWER, NEWER_LABELS),
+    'UCSF': (
+        'UCSF-PDGM-{i:04d}_nifti/UCSF-PDGM-{i:04d}_{c}.nii.gz',
+        ['T1', 'T1c', 'T2', 'FLAIR', 'tumor_segmentation'],
+        CLASSIC_LABELS,
+    ),
+    'UPENN': (
+        '{c}.nii.gz',
+        [
+            *(f'images_structural/UPENN-GBM-{{i:05d}}_11/UPENN-GBM-{{i:05d}}_11_{end}' for end in UPENN),
+            'images_segm/UPENN-GBM-{i:05d}_11_segm',
+        ],
+        CLASSIC_LABELS,
+    ),
     'Decathlon': ('Task01/{c}/BRATS_{i:03d}.nii.gz', ['imagesTr', 'labelsTr'], [0, 2, 1, 3]),
 }
 
@@ -77,7 +93,11 @@ def writeLayout(edition, folder, cases):
         volumes = [np.stack([image[3], *image[:3]], axis=-1)] if edition == 'Decathlon' else image
         volumes = [*volumes, np.array(labels, np.uint8)[classes]]
         for column, volume in zip(columns, volumes, strict=True):
-            save(volume, folder / name.format(g='HGG' if number % 2 else 'LGG', i=number, c=column), affine)
+            save(
+                volume,
+                folder / name.format(g='HGG' if number % 2 else 'LGG', i=number, c=column.format(i=number)),
+                affine,
+            )
 
 
 PATCHES = (

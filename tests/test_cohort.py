@@ -227,7 +227,7 @@ def test_split_printsWhichPatientsItKeepsTogether(tmp_path, capsys):
     assert 'BraTS-GLI-00004-000 = BraTS2021_00004' in capsys.readouterr().out
     touch(tmp_path, 'imagesTr/BRATS_001.nii.gz', 'labelsTr/BRATS_001.nii.gz')
     cohort.split(patients.makeFileList(tmp_path))
-    assert 'Decathlon and BraTS 2024 may hold subjects of other editions' in capsys.readouterr().out
+    assert 'Decathlon may hold subjects of other editions' in capsys.readouterr().out
 
 
 def test_splitFolds_testsEachPatientOnce():

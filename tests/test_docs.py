@@ -4,13 +4,17 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nibabel as nib
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import config
 import engine
+import patients
 import phantom
+import postprocess
 import preprocess
 import utils
 
@@ -67,3 +71,29 @@ def test_readme_runsAsItIsWritten(home, monkeypatch):
     plt.close('all')
     assert (home / 'BraTS20_Training_001.nii.gz').is_file() and (home / 'scores.png').is_file()
     assert sorted(set(names['table']['patient'])) == ids[1:]
+
+
+def test_editions_readsADataSetOfItsOwn(home):
+    """The described masks become one class of tumor, beside a patient of BraTS, and are cut, predicted and scored."""
+    config.DATA_FOLDER = 'patients'
+    phantom.makeCases('patients', 1, shape=(40, 40, 16))
+    [paths] = [paths for _, paths in utils.makeFileList().iterrows()]
+    for column, name in {'t1ce': 'contrast', 'flair': 'flair', 'seg': 'mask'}.items():
+        nifti = nib.load(paths[column])
+        volume = np.asarray(nifti.dataobj)
+        volume = np.uint8(255) * (volume > 0) if column == 'seg' else volume
+        nib.save(nib.Nifti1Image(volume, nifti.affine), f'patients/case7_{name}.nii.gz')
+    [block] = blocksOf('docs/editions.md')
+    exec(block, names := {})
+    df = names['df']
+    assert list(df.index) == ['BraTS20_Training_001', 'case7']
+    labels = [patients.readLabel(paths) for _, paths in df.iterrows()]
+    assert labels[0].max() == 1 and (labels[0] == labels[1]).all()
+    preprocess.makeDataset(df, config.TRAIN_FILE)
+    dataset = utils.BRATSDataset(config.TRAIN_FILE)
+    assert dataset[0][0].shape == (2, 32, 32)
+    x, y, yhat = engine.predict(df.loc['case7'], engine.makeModel())
+    assert x.shape[1] == 2 and yhat.max() <= 1
+    utils.saveSegmentation(y, df.loc['case7'], 'out/case7.nii.gz')
+    table = postprocess.scoreFolder(df[1:], 'out')
+    assert table['region'].tolist() == ['WT'] and table['dice'].tolist() == [1]

@@ -204,7 +204,7 @@ def test_saveSegmentation_keepsAGridWithoutSform(writeCase, tmp_path):
     ('yhat', 'name', 'words'),
     [
         (np.zeros((6, 5, 4), int), 'a.nii.gz', r'the volume has the shape \(5, 4, 6\), the images have \(4, 5, 6\)'),
-        (np.full((6, 4, 5), 4), 'a.nii.gz', r'yhat has the classes \[4\]; 0 to 3 were expected'),
+        (np.full((6, 4, 5), 4), 'a.nii.gz', r'yhat has the classes \[4\]; 0, 1, 2, 3 were expected'),
         (np.zeros((6, 4, 5), int), 'a.png', r'ends in \.nii or \.nii\.gz'),
     ],
 )

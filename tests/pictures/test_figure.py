@@ -69,6 +69,7 @@ def test_cautionText_warnsBelowTen():
 
 def test_classColors_areDistinctForEveryone():
     """With and without color blindness (Machado 2009) classes differ by 35 in CIELAB from each other and from grey."""
+    config.NO_CLASSES = 5
     machado = {
         'normal': np.eye(3),
         'protanopia': [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],

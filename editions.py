@@ -1,0 +1,257 @@
+"""Know how each data set names its patients, files and labels, and which class a label is."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import config
+
+COLUMNS = ('t1', 't1ce', 't2', 'flair', 'seg')
+CAVITY = 4  # the class of the resection cavity; with fewer classes it is background
+_TUMOR_OR_NOT = 2  # number of classes with which every class of tumor is class 1
+
+
+@dataclass(frozen=True)
+class Edition:
+    """How one data set names its files and labels. The code knows nothing else about it.
+
+    Attributes:
+        patient: regular expression of a patient id.
+        suffixes: end of a file name -> columns of the file list, some of `COLUMNS`; upper and lower case are the same.
+        classes: label in the files, 0 to 255 -> class: 0 background, 1 necrotic core, 2 edema, 3 enhancing tumor, 4
+            resection cavity; or 0 and 1 only, for masks of tumor or not. If two labels have one class, the first is
+            written.
+        name: of a file, with its folder, without .nii or .nii.gz.
+        time: regular expression of the end of an id that tells the scans of one subject apart; None: one scan each.
+        channels: column -> index in a 4-D file; None: one file per modality.
+        automatic: suffixes of segmentations that nobody has corrected by hand; used only if there is no other.
+        claims: regular expression of the ids that are taken for this edition if `config.EDITION` names it; None: as
+            `patient`.
+        note: what an unknown label may mean, for the error message.
+    """
+
+    patient: str
+    suffixes: dict
+    classes: dict
+    name: str = r'{patient}[_-]{suffix}'
+    time: str | None = None
+    channels: dict | None = None
+    automatic: tuple = ()
+    claims: str | None = None
+    note: str = ''
+
+    def __post_init__(self):
+        columns = {column for some in self.suffixes.values() for column in some}
+        if not columns or not columns <= set(COLUMNS):
+            raise ValueError(
+                f'An edition has the columns {sorted(columns)}; some of {", ".join(COLUMNS)} were expected.'
+            )
+        if self.classes.get(0) != 0 or not all(0 <= label <= 255 for label in self.classes):
+            raise ValueError(f'An edition has the classes {self.classes}; labels 0 to 255 and 0: 0 were expected.')
+
+    def parse(self, path, patient=None):
+        """Return what a file name says if it is named as in this edition, else None.
+
+        Args:
+            path: path of the file.
+            patient: regular expression of the id, in place of that of the edition.
+
+        Returns:
+            (patient id, columns, whether it is an automatic segmentation).
+        """
+        suffixes = {suffix.lower(): columns for suffix, columns in self.suffixes.items()}
+        ends = '|'.join(map(re.escape, suffixes))
+        pattern = self.name.format(patient=f'(?P<patient>{patient or self.patient})', suffix=f'(?P<suffix>{ends})')
+        match = re.fullmatch(f'(?:.*/)?{pattern}', _stem(path), re.IGNORECASE)
+        if match is None:
+            return None
+        suffix = match['suffix'].lower()
+        return match['patient'], suffixes[suffix], suffix in self.automatic
+
+
+_CLASSIC = {name: (name,) for name in COLUMNS}
+_NEWER = {'t1n': ('t1',), 't1c': ('t1ce',), 't2w': ('t2',), 't2f': ('flair',), 'seg': ('seg',)}
+_UCSF = {'t1': ('t1',), 't1c': ('t1ce',), 't2': ('t2',), 'flair': ('flair',), 'tumor_segmentation': ('seg',)}
+_UPENN = {'t1': ('t1',), 't1gd': ('t1ce',), 't2': ('t2',), 'flair': ('flair',)}
+_ALL = ('flair', 't1', 't1ce', 't2')  # the order in one 4-D file
+_UNTIL_2021 = {0: 0, 1: 1, 2: 2, 4: 3}
+_FROM_2023 = {0: 0, 1: 1, 2: 2, 3: 3}
+EDITIONS = {
+    'BraTS2017': Edition(r'Brats17_\w+', _CLASSIC, _UNTIL_2021),
+    'BraTS2018': Edition(r'Brats18_\w+', _CLASSIC, _UNTIL_2021),
+    'BraTS2019': Edition(r'BraTS19_\w+', _CLASSIC, _UNTIL_2021),
+    'BraTS2020': Edition(r'BraTS20_(?:Training|Validation|Testing)_\d+', _CLASSIC, _UNTIL_2021),
+    'BraTS2021': Edition(r'BraTS2021_\d+', _CLASSIC, _UNTIL_2021),
+    # GLI of 2025 holds both: time points below 100 were scanned before treatment, the others after it
+    'BraTS2023': Edition(
+        r'BraTS-(?:GLI-\d+-0\d\d|SSA-\d+-\d+)',
+        _NEWER,
+        _FROM_2023,
+        time=r'-\d+',
+        claims=r'BraTS-(?:GLI|SSA)-\d+-\d+',
+        note='A time point below 100 was scanned before treatment, and has no resection cavity (4). If this scan was '
+        "made after treatment, set config.EDITION = 'BraTS2024'.",
+    ),
+    'BraTS2024': Edition(
+        r'BraTS-GLI-\d+-[1-9]\d\d',
+        _NEWER,
+        {**_FROM_2023, 4: CAVITY},
+        time=r'-\d+',
+        claims=r'BraTS-GLI-\d+-\d+',
+    ),
+    'BraTS-GoAT': Edition(r'BraTS-GoAT-\d+', _NEWER, _FROM_2023),
+    'UCSF-PDGM': Edition(r'UCSF-PDGM-\d+(?:_FU\d+d)?', _UCSF, _UNTIL_2021, time=r'_FU\d+d'),
+    'UPENN-GBM': Edition(
+        r'UPENN-GBM-\d+_\d+',
+        {**_UPENN, 'segm': ('seg',), 'automated_approx_segm': ('seg',)},
+        _UNTIL_2021,
+        time=r'_\d+',
+        automatic=('automated_approx_segm',),
+    ),
+    'Decathlon': Edition(
+        r'BRATS_\d+',
+        {'imagestr': _ALL, 'imagests': _ALL, 'labelstr': ('seg',)},
+        {0: 0, 1: 2, 2: 1, 3: 3},
+        name=r'{suffix}/{patient}',
+        channels={column: place for place, column in enumerate(_ALL)},
+    ),
+}
+# Files published under a wrong name: stem -> correct stem
+MISNAMED = {'W39_1998.09.19_Segm': 'BraTS20_Training_355_seg'}
+# Data sets that are not read: regular expression of the beginning of a file name -> why
+REFUSED = {
+    r'BraTS-PED-': 'it is BraTS-PED, tumors of children, where label 1 is the enhancing tumor, 2 the non-enhancing '
+    'one, 3 the cystic component and 4 the edema',
+    r'BraTS-MEN-RT-': 'it is BraTS-MEN-RT, meningiomas before radiotherapy: another disease, with one modality and the '
+    'outline of the whole tumor only',
+    r'BraTS-MEN-': 'it is BraTS-MEN, meningiomas: another disease',
+    r'BraTS-MET-': 'it is BraTS-MET, metastases: another disease',
+    r'PatientID_\d+_Timepoint_': 'it looks like MU-Glioma-Post, of which public descriptions disagree on what '
+    'the labels mean',
+}
+
+
+def known():
+    """Return all editions, name -> Edition: those of `config.OWN_EDITIONS` first, then `EDITIONS`."""
+    return {
+        **config.OWN_EDITIONS,
+        **{name: edition for name, edition in EDITIONS.items() if name not in config.OWN_EDITIONS},
+    }
+
+
+class Found(NamedTuple):
+    """What the name of a file says."""
+
+    edition: str
+    patient: str
+    columns: tuple
+    isAutomatic: bool  # a segmentation that nobody has corrected by hand
+
+
+def detect(path):
+    """Return what the name of a file says, a `Found`; None if it is not named like a patient's file.
+
+    `config.EDITION` decides for the names that it claims, and for names of no known edition.
+
+    Raises:
+        ValueError: `config.EDITION` is unknown; or the name ends like a modality, and fits no edition while none is
+            declared, or belongs to a data set that is not read.
+    """
+    found, declared = known(), config.EDITION
+    if declared is not None:
+        if declared not in found:
+            raise ValueError(f'config.EDITION is {declared!r}; known are {", ".join(found)}.')
+        if parsed := found[declared].parse(path, found[declared].claims):
+            return Found(declared, *parsed)
+    for name, edition in found.items():
+        if parsed := edition.parse(path):
+            return Found(name, *parsed)
+    # as few characters as possible: the longest of two suffixes with the same end
+    # the Decathlon's folders have the same names for other organs, and any program may write a seg: no patient's
+    anyone = [edition.parse(path, '[^/]+?') for edition in found.values() if not edition.channels]
+    isImage = any(parsed and parsed[1] != ('seg',) for parsed in anyone)
+    if isImage and (reason := whyRefused(path)):
+        raise ValueError(f'{path} cannot be read: {reason}. Take its folder away, or see docs/editions.md.')
+    if declared is not None and not whyRefused(path):
+        parsed = found[declared].parse(path, '[^/]+?')
+        return parsed and Found(declared, *parsed)
+    if isImage:
+        raise ValueError(f'{path}: {undetected()}')
+    return None
+
+
+def isAutomatic(path):
+    """Return whether a segmentation's name says that nobody has corrected it by hand."""
+    return any(parsed and parsed[2] for parsed in (edition.parse(path) for edition in known().values()))
+
+
+def whyRefused(path):
+    """Return why a file's data set is not read, or None."""
+    name = Path(path).name
+    return next((reason for pattern, reason in REFUSED.items() if re.match(pattern, name, re.IGNORECASE)), None)
+
+
+def undetected():
+    """Return, in words, that an edition cannot be detected and what to do."""
+    return (
+        'the edition cannot be detected from the file name, and labels mean different tissues in different editions. '
+        f'Set config.EDITION to one of {", ".join(map(repr, known()))}, or describe your own in config.OWN_EDITIONS.'
+    )
+
+
+def _stem(path):
+    """Return `folder/name` of a file without its ending, with published wrong names corrected."""
+    path = Path(path)
+    stem = re.sub(r'\.nii(\.gz)?$', '', path.name, flags=re.IGNORECASE)
+    return f'{path.parent.name}/{MISNAMED.get(stem, stem)}'
+
+
+def withoutTime(patient):
+    """Return a patient id without its time point, such as that of 2023 to 2025: the subject by its name.
+
+    An id of an edition without time points is returned as it is.
+    """
+    for edition in known().values():
+        if edition.time and re.fullmatch(edition.claims or edition.patient, str(patient)):
+            return re.sub(f'(?:{edition.time})$', '', str(patient))
+    return str(patient)
+
+
+def classesOf(name, numClasses=None):
+    """Return the class of each label of an edition, label -> class.
+
+    With two classes every class of tumor is 1. The resection cavity is background unless there are five classes.
+
+    Args:
+        name: of the edition.
+        numClasses: default `config.NO_CLASSES`.
+
+    Raises:
+        ValueError: the edition has other classes than that.
+    """
+    numClasses = numClasses or config.NO_CLASSES
+    classes = known()[name].classes
+    if numClasses == _TUMOR_OR_NOT:
+        return {label: int(number not in (0, CAVITY)) for label, number in classes.items()}
+    if set(classes.values()) - {CAVITY} == {0, 1}:
+        raise ValueError(
+            f'{name} has masks of tumor or not, and config.NO_CLASSES is {config.NO_CLASSES}: set it to '
+            f'{_TUMOR_OR_NOT}; the class 1 would be {config.CLASS_NAMES[1]}.'
+        )
+    found = {label: 0 if number == CAVITY >= numClasses else number for label, number in classes.items()}
+    if max(found.values()) >= numClasses:
+        raise ValueError(
+            f'{name} has the class {max(found.values())}; 0 to {numClasses - 1} were expected, as config.NO_CLASSES is '
+            f'{config.NO_CLASSES}.'
+        )
+    return found
+
+
+def labelsOf(name):
+    """Return the label that each class is written as, class -> label.
+
+    The resection cavity is written as background where an edition has no label for it.
+    """
+    labels = {number: label for label, number in reversed(classesOf(name).items())}
+    return labels | ({CAVITY: 0} if config.NO_CLASSES > CAVITY and CAVITY not in labels else {})
