@@ -67,3 +67,15 @@ def test_readme_runsAsItIsWritten(home, monkeypatch):
     plt.close('all')
     assert (home / 'BraTS20_Training_001.nii.gz').is_file() and (home / 'scores.png').is_file()
     assert sorted(set(names['table']['patient'])) == ids[1:]
+
+
+def test_scores_comparesTwoFolders(home):
+    """The block of docs/scores.md compares the tables of two folders and draws them."""
+    for folder, dice in (('A', 0.5), ('B', 0.6)):
+        (home / folder).mkdir()
+        rows = [{'patient': f'p{number}', 'region': 'WT', 'dice': dice, 'hd95': 5.0} for number in range(3)]
+        pd.DataFrame(rows).to_csv(home / folder / 'scores.csv', index=False)
+    [block] = blocksOf('docs/scores.md')
+    exec(block, {})
+    plt.close('all')
+    assert (home / 'comparison.png').is_file()
