@@ -44,8 +44,8 @@ def test_compare_isHandCounted():
 
 
 def test_compare_signTestIsExact():
-    """Eight of eight better are 2 / 2 ** 8; seven of eight 18 / 2 ** 8, whichever of the tables is first."""
-    a, b = makeScores({'WT': [0.5] * 8}), makeScores({'WT': [0.6] * 8})
+    """Eight of eight better are 2 / 2 ** 8, seven of eight 18 / 2 ** 8; a ninth that is equal does not count."""
+    a, b = makeScores({'WT': [0.5] * 9}), makeScores({'WT': [0.6] * 8 + [0.5]})  # the last one is equal
     assert metrics.compare(a, b).loc[('WT', 'dice'), 'p'] == pytest.approx(2 / 256)
     b.loc[0, 'dice'] = 0.4
     assert metrics.compare(a, b).loc[('WT', 'dice'), 'p'] == pytest.approx(18 / 256)
