@@ -22,6 +22,7 @@ from engine import predictAll
 from fingerprint import fingerprint
 from identity import stretchingOf
 from patients import EDITIONS, detectEdition, hasFile, spacingOf
+from quality import describeDisagreement, measureMember
 from scoring import noScores, readPrediction, readSettings, scoreFolder
 from trained import followAll, membersFor, membersOf, trainedAmong
 
@@ -120,7 +121,8 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         df: file list.
         model, transform: as in `engine.predict`.
         folder: gets `upload/<patient>.nii.gz` on each patient's grid in its edition's labels, `scores.csv`,
-            `settings.json` and, with probabilities, `maps/<patient>.nii.gz` and `maps/<patient>_entropy.nii.gz`.
+            `disagreement.csv` (see `quality`), `settings.json` and, with probabilities, `maps/<patient>.nii.gz` and
+            `maps/<patient>_entropy.nii.gz`.
         rules: against small components, from `tunePostprocessing` on validation patients; None: none.
         probabilities: write the probabilities and their entropy too.
         part: (i, n): predict part i of n (from 0), every n-th patient, so that n processes or machines share the
@@ -148,23 +150,29 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         _writeSettings(folder, about)
     file = folder / (f'scores.{number}of{numParts}.csv' if part else 'scores.csv')
     df = df.iloc[number::numParts]
-    table = _readScores(file)
+    table, noted = _readScores(file), file.with_name(file.name.replace('scores', 'disagreement'))
     isScored = df['seg'].notna().to_numpy() & ~df.index.astype(str).isin(trained)
     isDone = [_isFinished(paths, folder / 'upload' / f'{patient}.nii.gz') for patient, paths in df.iterrows()]
     isLeft = ~np.array(isDone, bool) | (isScored & ~df.index.astype(str).isin(table['patient']))
+    isLeft |= ~df.index.astype(str).isin(_readScores(noted)['patient'])
     if not isLeft.all():
         print(f'{(~isLeft).sum()} of {len(df)} patients are finished in {folder}.')
-    left = predictAll(df[isLeft], model, transform, probabilities=probabilities, **options)
-    for patient, (_, y, yhat, *probability) in left:
+    options |= {'probabilities': probabilities, 'measure': measureMember}
+    for patient, (_, y, yhat, *probability, measured) in predictAll(df[isLeft], model, transform, **options):
         paths = df.loc[patient]
         spacing = spacingOf(paths)
         yhat = applyRules(yhat, rules, spacing, kind)
+        _addScores(metrics.scoreTable({patient: describeDisagreement(measured, yhat)}), noted)
         saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz')
         if probabilities:
             saveProbabilities(*probability, paths, folder / 'maps' / f'{patient}.nii.gz')
         if y is not None and str(patient) not in trained:
             _addScores(metrics.scoreTable({patient: metrics.scorePatient(y, yhat, spacing)}), file)
-    table = _readScores(file)
+    return _rowsOf(_readScores(file), df)
+
+
+def _rowsOf(table, df):
+    """Return the rows of a table of scores that belong to the patients of a file list, in its order."""
     order = {str(patient): row for row, patient in enumerate(df.index)}
     table = table[table['patient'].isin(order)]
     return table.sort_values('patient', key=lambda ids: ids.map(order), kind='stable', ignore_index=True)

@@ -2,6 +2,7 @@
 
 from pictures.calibration import countCalibration, plotCalibration
 from pictures.charts import plotCohort, plotConfusion, plotCurves, plotVolumes
+from pictures.estimates import plotQuality
 from pictures.gifs import makeGifs
 from pictures.scores import plotComparison, plotScores
 from pictures.slices import plotCases, plotModalities, plotPlanes, plotPrediction, plotSample, plotTransforms
@@ -18,6 +19,7 @@ __all__ = [
     'plotModalities',
     'plotPlanes',
     'plotPrediction',
+    'plotQuality',
     'plotSample',
     'plotScores',
     'plotTransforms',
