@@ -195,6 +195,17 @@ def readGrades(df):
     return pd.Series(grades, dtype=object, name='grade').reindex(df.index)
 
 
+def readSites(df):
+    """Return the site of each patient (Series), such as 'CBICA' or 'TCIA01', from its name of 2018 or 2019 as
+    `Brats18_CBICA_AAB_1`, its own or one in the same row of a `name_mapping*.csv`; else 'unknown'."""
+    named = {}
+    for _, names in _nearbyTables(df):
+        for row in names.fillna('').astype(str).to_numpy():
+            named.update(dict.fromkeys(row, ' '.join(row)))
+    found = [re.search(r'Brats1\d_([A-Z0-9]+)_', f'{each} {named.get(each)}', re.IGNORECASE) for each in df.index]
+    return pd.Series([site[1] if site else 'unknown' for site in found], df.index, dtype=object, name='site')
+
+
 def _firstFiles(df):
     """Return a dict of patient id -> Path of the patient's first file."""
     rows = df.to_dict('index')

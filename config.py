@@ -84,6 +84,8 @@ PREDICT_BATCH = 64  # patches of PATCH_SIZE x PATCH_SIZE per forward pass; bound
 HD95_EMPTY = {'challenge': 373.12866, 'surface-distance': 374.0, 'pooled': 373.0}  # mm, if one mask is empty
 CONFIDENCE = 0.95  # level of the confidence interval of a mean
 BOOTSTRAP_RESAMPLES = 10_000  # for the interval
+QUALITY_LEVEL = 0.9  # probability that the Dice of a patient without truth lies in the interval of its estimate
+QUALITY_LIMIT = 0.7  # Dice; patients with a lower estimate are flagged
 
 # The document's recipe: vars(config).update(config.DOCUMENT)
 DOCUMENT = {

@@ -207,7 +207,15 @@ def _evaluationMode(model, device):
 
 
 def predict(
-    paths, model, transform=None, patchStride=None, device=None, mirror=False, probabilities=False, planes=None
+    paths,
+    model,
+    transform=None,
+    patchStride=None,
+    device=None,
+    mirror=False,
+    probabilities=False,
+    planes=None,
+    measure=None,
 ):
     """Segment one patient, slice by slice.
 
@@ -229,18 +237,22 @@ def predict(
             by itself, the sigmoids divided by their sum.
         planes: the planes whose slices are predicted, some of `transforms.PLANES`; their probabilities are averaged.
             Default: those of the training.
+        measure: function such as `quality.measureMember`, called for each member with the list of the probabilities
+            that its planes give, float (d, NO_CLASSES, w, h) each, on the device, in the brain's bounding box.
 
     Returns:
         x: float32 (D, C, W, H), the model's input; on the CPU, as all that follows.
         y: int64 (D, W, H), the truth after the transform; None without a segmentation.
         yhat: int64 (D, W, H), classes 0 to 3; voxels that no window covers are 0.
         probability: float32 (D, NO_CLASSES, W, H), only with `probabilities = True`.
+        measured: only with `measure`: list of what it returned for each member; empty for a patient without brain.
 
     Raises:
         ValueError, FileNotFoundError: bad data, as in `patients.readCase`; the transform changes the shape, or is not
             the one of the training; the stride leaves pixels out.
     """
-    options = {'patchStride': patchStride, 'device': device, 'mirror': mirror, 'probabilities': probabilities}
+    options = {'patchStride': patchStride, 'device': device, 'mirror': mirror}
+    options |= {'probabilities': probabilities, 'measure': measure}
     ways = followAll(model, transform, planes)
     return _segment(*_prepare(paths, ways[0]), membersOf(model), ways, **options)
 
@@ -255,7 +267,7 @@ def predictAll(df, model, transform=None, planes=None, **options):
     Args:
         df: file list.
         model, transform, planes: as in `predict`.
-        **options: `patchStride`, `device`, `mirror`, `probabilities` as in `predict`.
+        **options: `patchStride`, `device`, `mirror`, `probabilities`, `measure` as in `predict`.
 
     Yields:
         (patient, what `predict` returns for it).
@@ -291,23 +303,28 @@ def _prepare(paths, way):
     return x, None if y is None else y.long(), isBrain
 
 
-def _segment(x, y, isBrain, models, ways, patchStride=None, device=None, mirror=False, probabilities=False):
+def _segment(
+    x, y, isBrain, models, ways, patchStride=None, device=None, mirror=False, probabilities=False, measure=None
+):
     """Return what `predict` returns, from what `_prepare` returns; a way for each model."""
     device = torch.device(device or config.DEVICE)
     yhat = torch.zeros(isBrain.shape, dtype=torch.int64)
     probability = torch.zeros(len(x), config.NO_CLASSES, *x.shape[2:]) if probabilities else None
+    measured = []
     if probabilities:
         probability[:, 0] = 1
     if isBrain.any():
         [box] = ndimage.find_objects(isBrain.numpy().astype(np.uint8))
         image, total = x.to(device), 0
         for model, way in zip(models, ways, strict=True):
-            total += _predictPlanes(image, isBrain, box, model, way, patchStride, mirror) / len(way.planes)
+            parts = None if measure is None else []
+            total += _predictPlanes(image, isBrain, box, model, way, patchStride, mirror, parts) / len(way.planes)
+            measured += [] if measure is None else [measure(parts)]
         slices, *inSlice = box
         yhat[box] = total.max(1).indices.cpu()  # on the device: less is copied; argmax takes ten times as long as max
         if probabilities:
             probability[slices, :, *inSlice] = total.cpu() / len(models)
-    return (x, y, yhat, probability) if probabilities else (x, y, yhat)
+    return (x, y, yhat, *[probability] * probabilities, *[measured] * (measure is not None))
 
 
 def _multipleOf(model):
@@ -316,19 +333,27 @@ def _multipleOf(model):
     return getattr(encoder, 'output_stride', 2**config.ENCODER_DEPTH)
 
 
-def _predictPlanes(x, isBrain, box, model, way, patchStride, mirror):
-    """Return the sum over the planes of the probabilities (D', K, W', H') in the brain's bounding box."""
+def _predictPlanes(x, isBrain, box, model, way, patchStride, mirror, parts=None):
+    """Return the sum over the planes of the probabilities (D', K, W', H') in the brain's bounding box.
+
+    If `parts` is a list, the probabilities of each plane are appended to it.
+    """
     multiple, sides = _multipleOf(model), [part.stop - part.start for part in box]
     total = torch.zeros(sides[0], config.NO_CLASSES, *sides[1:], device=x.device)
     predictBatch = partial(predictPatches, model, mirror=mirror, activation=way.activation)
     with _evaluationMode(model, x.device):
         for plane in way.planes:
             order = PLANES[plane]
-            (first, *inPlane), view = [box[axis] for axis in order], total.permute(withChannels(order))
+            own = total if parts is None else torch.zeros_like(total)
+            (first, *inPlane), view = [box[axis] for axis in order], own.permute(withChannels(order))
             image, mask = x.permute(withChannels(order)), isBrain.permute(order)
             area, starts, size = planWindows(mask, patchStride, way.patchSize, multiple)
             for slices, values in predictSlices(image[:, :, *area], mask[:, *area], starts, size, predictBatch):
                 values = values if patchStride is None else values[:, :, *inPlane]
                 view[[number - first.start for number in slices]] += values
+            if parts is not None:
+                total += own
+                own[:, :1] += 1 - own.sum(1, keepdim=True)
+                parts.append(own)
     total[:, :1] += len(way.planes) - total.sum(1, keepdim=True)  # what no window covers is background
     return total

@@ -25,6 +25,7 @@ from fingerprint import fingerprint
 from identity import stretchingOf
 from parallel import attempt, forEachPatient, leaveOut, usesProcesses
 from patients import detectEdition, hasFile, spacingOf
+from quality import describeDisagreement, measureMember
 from scoring import noScores, readPrediction, readSettings, scoreFolder
 from trained import followAll, membersFor, membersOf, trainedAmong, warnOfTrained
 
@@ -134,7 +135,8 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         df: file list.
         model, transform: as in `engine.predict`.
         folder: gets `upload/<patient>.nii.gz` on each patient's grid in its edition's labels, `scores.csv`,
-            `settings.json` and, with probabilities, `maps/<patient>.nii.gz` and `maps/<patient>_entropy.nii.gz`.
+            `disagreement.csv` (see `quality`), `settings.json` and, with probabilities, `maps/<patient>.nii.gz` and
+            `maps/<patient>_entropy.nii.gz`.
         rules: against small components, from `tunePostprocessing` on validation patients; None: none.
         probabilities: write the probabilities and their entropy too.
         part: (i, n): predict part i of n (from 0), every n-th patient, so that n processes or machines share the
@@ -162,18 +164,25 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         _writeSettings(folder, about)
     file = folder / (f'scores.{number}of{numParts}.csv' if part else 'scores.csv')
     df = df.iloc[number::numParts]
-    table = _readScores(file)
+    table, noted = _readScores(file), file.with_name(file.name.replace('scores', 'disagreement'))
     isScored = df['seg'].notna().to_numpy() & ~df.index.astype(str).isin(trained)
     isDone = [_isFinished(paths, folder / 'upload' / f'{patient}.nii.gz') for patient, paths in df.iterrows()]
     isLeft = ~np.array(isDone, bool) | (isScored & ~df.index.astype(str).isin(table['patient']))
+    isLeft |= ~df.index.astype(str).isin(_readScores(noted)['patient'])
     if not isLeft.all():
         print(f'{(~isLeft).sum()} of {len(df)} patients are finished in {folder}.')
     finish = functools.partial(_finishPatient, folder=folder, rules=rules, kind=kind, trained=trained)
     predicted = _predictByProcesses if usesProcesses() else _predictHere
-    for scores in predicted(df[isLeft], model, finish, transform=transform, probabilities=probabilities, **options):
-        if scores:
-            _addScores(metrics.scoreTable(scores), file)
-    table = _readScores(file)
+    options |= {'transform': transform, 'probabilities': probabilities, 'measure': measureMember}
+    for patient, disagreement, scores in predicted(df[isLeft], model, finish, **options):
+        _addScores(metrics.scoreTable({patient: disagreement}), noted)
+        if scores is not None:
+            _addScores(metrics.scoreTable({patient: scores}), file)
+    return _rowsOf(_readScores(file), df)
+
+
+def _rowsOf(table, df):
+    """Return the rows of a table of scores that belong to the patients of a file list, in its order."""
     order = {str(patient): row for row, patient in enumerate(df.index)}
     table = table[table['patient'].isin(order)]
     return table.sort_values('patient', key=lambda ids: ids.map(order), kind='stable', ignore_index=True)
@@ -202,15 +211,16 @@ def _predictAndFinish(paths, members, finish, options):
 
 
 def _finishPatient(paths, case, folder, rules, kind, trained):
-    """Write what `predict` returned for a patient, and return a dict of the patient to the scores; empty without."""
-    _, y, yhat, *probability = case
+    """Write what `predict` returned for a patient; return its id, the table of disagreement, and the scores or None."""
+    _, y, yhat, *probability, measured = case
     patient, spacing = paths.name, spacingOf(paths)
     yhat = applyRules(yhat, rules, spacing, kind)
     saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz')
     if probability:
         saveProbabilities(*probability, paths, folder / 'maps' / f'{patient}.nii.gz')
     isScored = y is not None and str(patient) not in trained
-    return {patient: metrics.scorePatient(y, yhat, spacing)} if isScored else {}
+    scores = metrics.scorePatient(y, yhat, spacing) if isScored else None
+    return patient, describeDisagreement(measured, yhat), scores
 
 
 def _isFinished(paths, file):

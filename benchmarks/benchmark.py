@@ -30,7 +30,7 @@ import recipe
 import transforms
 import utils
 from atomic import writeAtomically
-from benchmarks import baselines, timing
+from benchmarks import baselines, lesions, timing
 
 PATIENTS = 8  # phantoms of full size
 BATCH = 32  # patches
@@ -75,6 +75,7 @@ def main(numPatients=PATIENTS, shape=phantom.BOX):
         x, y, _ = engine.predict(df.iloc[0], model)
         yhat = y.roll((1, 4, -6), (0, 1, 2))  # stands for a prediction that is somewhat wrong
         show(benchScores(y, yhat))
+        show(lesions.benchLesions(*(each.numpy().transpose(1, 2, 0) for each in (y, yhat))))
         show(benchGif(x, y, yhat, folder))
         memory = benchMemory(df, folder)
         megabytes = Path(file).stat().st_size / 1e6 / numPatches

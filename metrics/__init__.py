@@ -1,11 +1,13 @@
 """Score a segmentation: voxels, surface distances, lesions, patients."""
 
+from metrics.comparison import compare, pairScores
 from metrics.counts import confusionMatrix, countClasses, countsFromConfusion
 from metrics.distances import hausdorff95, surfaceDice
 from metrics.lesions import labelComponents, matchLesions, scoreLesions
 from metrics.scores import compareAverages, computeMetrics, scorePatient, scoreTable, summarize
 
 __all__ = [
+    'compare',
     'compareAverages',
     'computeMetrics',
     'confusionMatrix',
@@ -14,6 +16,7 @@ __all__ = [
     'hausdorff95',
     'labelComponents',
     'matchLesions',
+    'pairScores',
     'scoreLesions',
     'scorePatient',
     'scoreTable',

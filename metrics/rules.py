@@ -35,7 +35,7 @@ class Rule:
         regions: name -> Region, in the order of the tables; None: `config.REGIONS`, and no lesion-wise scores.
         helpers: regions that are not scored; others are merged by them.
         hd95: rule of `hausdorff95`.
-        penalty: mm, the HD95 of a region or lesion that only truth or prediction has.
+        ownPenalty: mm; None: the penalty is that of the rule `hd95`, in `config.HD95_EMPTY`.
         isPredictionDilated: predicted lesions are separated with the region's dilation, as true ones; else the
             predicted components.
         isOneToOne: each true lesion is paired with at most one predicted lesion, each predicted one with at most one
@@ -52,7 +52,7 @@ class Rule:
     regions: dict | None
     helpers: dict = field(default_factory=dict)
     hd95: str = 'surface-distance'
-    penalty: float = 374.0
+    ownPenalty: float | None = None
     isPredictionDilated: bool = False
     isOneToOne: bool = False
     isMeanOverPairs: bool = False
@@ -60,6 +60,11 @@ class Rule:
     isOverlapNeeded: bool = False
     tolerances: tuple = ()
     lesionTolerances: tuple = ()
+
+    @property
+    def penalty(self):
+        """The HD95 in mm of a region or lesion that only truth or prediction has."""
+        return config.HD95_EMPTY[self.hd95] if self.ownPenalty is None else self.ownPenalty
 
     def namedRegions(self):
         """Return the scored regions, name -> Region."""
@@ -87,7 +92,7 @@ class Rule:
 _OF_2026 = {'WT': (1, 2, 3), 'TC': (1, 3), 'ET': (3,), 'NETC': (1,), 'SNFH': (2,), 'RC': (4,)}
 
 RULES = {
-    'BraTS2020': Rule(None, hd95='challenge', penalty=373.12866),
+    'BraTS2020': Rule(None, hd95='challenge'),
     'BraTS2023': Rule(  # GLI and SSA
         {
             'WT': Region((1, 2, 3), dilation=3, smallestTrue=50),
@@ -104,7 +109,7 @@ RULES = {
             'SNFH': Region((2,), dilation=3, smallestPredicted=20, smallestTrue=20, mergedBy=('ET', 'RC', 'NETC')),
             'RC': Region((4,), dilation=5, smallestPredicted=20, smallestTrue=20, mergedBy=('ET', 'NETC')),
         },
-        penalty=337.0,
+        ownPenalty=337.0,
         isPredictionDilated=True,
         tolerances=(0.5, 1.0),
         lesionTolerances=(0.5, 1.0),
@@ -123,7 +128,6 @@ RULES = {
     'BraTS2026': Rule(
         {name: Region(classes) for name, classes in _OF_2026.items()},
         hd95='pooled',
-        penalty=373.0,
         isOneToOne=True,
         isMeanOverPairs=True,
         isEmptyScored=False,

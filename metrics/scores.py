@@ -236,7 +236,7 @@ def summarize(table):
             scores = scores[scores.columns[table.loc[table['rule'] == keys[0], scores.columns].notna().any()]]
         values = np.sort(scores.to_numpy(dtype=float), axis=0)  # (patients, scores)
         with np.errstate(invalid='ignore'):  # of infinite distances
-            low, high = _bootstrapMean(values)
+            low, high = bootstrapMean(values)
             summary = {'mean': values.mean(0), 'median': np.median(values, axis=0)}
             summary |= {'std': scores.std(skipna=False).to_numpy(), 'low': low, 'high': high, 'patients': len(part)}
         if 'volumeTruth' in part:
@@ -246,7 +246,7 @@ def summarize(table):
     return pd.concat(summaries, names=[*levels, 'score'])
 
 
-def _bootstrapMean(values):
+def bootstrapMean(values):
     """Return the lower and upper end (scores,) of the interval of the mean of values (patients, scores)."""
     if len(values) == 1:  # scipy needs at least two
         return values[0], values[0]

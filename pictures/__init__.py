@@ -1,8 +1,10 @@
 """Show patients, transforms, predictions and scores as figures and animated GIFs."""
 
 from pictures.calibration import countCalibration, plotCalibration
-from pictures.charts import plotCohort, plotConfusion, plotCurves, plotScores, plotVolumes
+from pictures.charts import plotCohort, plotConfusion, plotCurves, plotVolumes
+from pictures.estimates import plotQuality
 from pictures.gifs import makeGifs
+from pictures.scores import plotComparison, plotScores
 from pictures.slices import plotCases, plotModalities, plotPlanes, plotPrediction, plotSample, plotTransforms
 
 __all__ = [
@@ -11,11 +13,13 @@ __all__ = [
     'plotCalibration',
     'plotCases',
     'plotCohort',
+    'plotComparison',
     'plotConfusion',
     'plotCurves',
     'plotModalities',
     'plotPlanes',
     'plotPrediction',
+    'plotQuality',
     'plotSample',
     'plotScores',
     'plotTransforms',

@@ -1,4 +1,4 @@
-"""Draw charts of numbers: the cohort, the learning curves, and the scores, volumes and confused classes of patients.
+"""Draw charts of numbers: the cohort, the learning curves, and the volumes and confused classes of patients.
 
 In the charts of patients a dot is a patient, and a hollow dot a patient with an empty mask.
 """
@@ -11,10 +11,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 import config
-from metrics import summarize
+from pictures.dots import BLUE, GREY, ORANGE, drawDots, makeDot, scaleAxis, spreadDots
 from pictures.figure import BELOW, MAIN_REGIONS, cautionText, countText, newFigure, requireColumns
 
-BLUE, ORANGE, GREY = '#0072B2', '#D55E00', '#8C8C8C'  # of Okabe and Ito: distinct for color-blind readers
 GRADE_COLORS = {'HGG': BLUE, 'LGG': '#E69F00', 'unknown': '#BBBBBB'}
 
 
@@ -37,18 +36,18 @@ def plotCohort(table):
     figure = newFigure(9.5, 3.9)
     bars, panel = figure.subplots(1, 2, width_ratios=(1, 1.25))
     _drawEditions(bars, pd.crosstab(table['edition'], table['grade']))
-    scale = _scaleAxis(panel.yaxis, volumes)
+    scale = scaleAxis(panel.yaxis, volumes)
     for place, name in enumerate(names):
         own = volumes[name].to_numpy(float)
         if own.size:
             style = {'color': '#444444', 'linewidth': 1}
             style = {'showfliers': False, 'showcaps': False, 'whis': 0, 'medianprops': style, 'boxprops': style}
             panel.boxplot(own, positions=[place], widths=0.72, **style)
-        _drawDots(panel, place + _spreadDots(scale(own)), own, own == 0, config.CLASS_COLORS[place + 1], edge='#555555')
+        drawDots(panel, place + spreadDots(scale(own)), own, own == 0, config.CLASS_COLORS[place + 1], edge='#555555')
     panel.set_xticks(range(len(names)), [f'{name}\n{(volumes[name] == 0).sum()} have none' for name in names])
     panel.set(xlim=(-0.6, len(names) - 0.4), ylabel='volume (ml)')
     panel.set_title(f'Volumes of {countText(len(volumes))} with a segmentation', fontsize=10)
-    handles = [_makeDot(GREY), _makeDot(GREY, isHollow=True), Patch(facecolor='white', edgecolor='#444444')]
+    handles = [makeDot(GREY), makeDot(GREY, isHollow=True), Patch(facecolor='white', edgecolor='#444444')]
     texts = ['a patient', 'a patient with 0 ml', 'median and quartiles of the patients']
     figure.legend(handles, texts, ncols=3, **BELOW)
     title = f'{countText(len(table))} ({table["subject"].nunique()} subjects): {len(table) - len(volumes)} without a '
@@ -138,92 +137,6 @@ def _markDrops(panel, epochs, rates):
             panel.text(epoch, 0.98, f'rate {rate:.2g}', transform=panel.get_xaxis_transform(), **style)
 
 
-def plotScores(table):
-    """Draw each patient's Dice and HD95 by region, with the median, the mean and the interval of the mean.
-
-    Args:
-        table: DataFrame of `metrics.scoreTable`, made from tables of `scorePatient` or of `scoreLesions`.
-
-    Returns:
-        matplotlib Figure. Mean and interval are those of `metrics.summarize`. They include the HD95 that stands for an
-        empty mask (`config.HD95_EMPTY`), which a line marks. With fewer than ten patients the title says that the
-        interval says little.
-
-    Raises:
-        ValueError: the table has no rows or lacks a column.
-    """
-    requireColumns(table, ['patient', 'region', 'dice', 'hd95'])
-    summary = summarize(table)
-    parts = {region: table[table['region'] == region] for region in config.REGIONS if region in set(table['region'])}
-    figure = newFigure(1.9 * max(len(parts), 3) + 1, 4.6)
-    panels = dict(zip(('dice', 'hd95'), figure.subplots(1, 2), strict=True))
-    panels['dice'].set(ylim=(-0.03, 1.03), ylabel='Dice (0 to 1; 1 is best)')
-    scales = {'dice': np.asarray, 'hd95': _scaleAxis(panels['hd95'].yaxis, table['hd95'], threshold=1)}
-    panels['hd95'].set_ylabel('HD95 (mm; 0 is best)')
-    for score, panel in panels.items():
-        labels = []
-        for place, (region, part) in enumerate(parts.items()):
-            values = part[score].to_numpy(float)
-            isEmpty = part['volumeTruth'].to_numpy() == 0 if 'volumeTruth' in part else np.zeros(len(part), bool)
-            color = BLUE if region in MAIN_REGIONS else GREY
-            _drawDots(panel, place + _spreadDots(scales[score](values)), values, isEmpty, color)
-            labels.append(f'{region}\n{_drawSummary(panel, place, summary.loc[(region, score)])}')
-            if score == 'hd95':
-                _markEmptyMasks(panel, place, values, isEmpty if 'volumeTruth' in part else None)
-        panel.set_xticks(range(len(parts)), labels, fontsize=8)
-        panel.set_xlim(-0.5, len(parts) - 0.3)
-        panel.grid(axis='y', color='#E5E5E5', linewidth=0.7)
-        panel.set_axisbelow(True)
-        panel.spines[['top', 'right']].set_visible(False)
-    _addScoreLegend(figure, 4 if len(parts) > 4 else 2)
-    number = table['patient'].nunique()
-    caution = cautionText(number, 'the interval says little')
-    figure.suptitle(f'Scores of {countText(number)}{caution}', fontsize=11)
-    return figure
-
-
-def _addScoreLegend(figure, numColumns):
-    handles = [_makeDot(BLUE), _makeDot(BLUE, isHollow=True), Line2D([], [], color='black', linewidth=2)]
-    handles.append(Line2D([], [], color=ORANGE, marker='D', markersize=5))
-    texts = ['a patient', 'a patient without the region in truth', 'median']
-    texts.append(f'mean and its {config.CONFIDENCE:.0%} interval (bootstrap over patients)')
-    figure.legend(handles, texts, ncols=numColumns, **BELOW)
-
-
-def _drawSummary(panel, place, row):
-    """Draw the median, mean and interval of one region; return the mean and the interval in words."""
-    panel.plot([place - 0.3, place + 0.3], [row['median']] * 2, color='black', linewidth=2, label='median', zorder=2)
-    reach = [[row['mean'] - row['low']], [row['high'] - row['mean']]]
-    style = {'fmt': 'D', 'color': ORANGE, 'markersize': 5, 'capsize': 3, 'label': 'mean', 'zorder': 4}
-    panel.errorbar(place + 0.42, row['mean'], reach, **style)
-    if np.isnan(row['mean']):
-        return 'no mean: a\nscore is missing'
-    digits = 2 if row.name[1] == 'dice' else 1
-    return f'mean {row["mean"]:.{digits}f}\n({row["low"]:.{digits}f} to {row["high"]:.{digits}f})'
-
-
-def _markEmptyMasks(panel, place, values, isEmpty):
-    """Mark the distances that stand for an empty mask and write their number, if there are any.
-
-    Args:
-        values: (n,), mm.
-        isEmpty: bool (n,), True where the truth is empty; None if the table does not say.
-    """
-    isMark = np.isclose(values[:, None], list(config.HD95_EMPTY.values())).any(1)
-    if not isMark.any():
-        return
-    mark = values[isMark][0]
-    if not panel.texts:
-        panel.axhline(mark, color='#444444', linestyle=':', linewidth=1, label='empty')
-        panel.set_title(f'{mark:.0f} mm: empty in truth or in prediction', fontsize=8, color='#444444')
-        panel.set_ylim(top=2.6 * mark)
-    text = countText(isMark.sum())
-    if isEmpty is not None:
-        counts = {'false negative': (isMark & ~isEmpty).sum(), 'false positive': (isMark & isEmpty).sum()}
-        text = '\n'.join(f'{count} {kind}' for kind, count in counts.items() if count)
-    panel.annotate(text, (place, mark), (0, 5), textcoords='offset points', ha='center', va='bottom', fontsize=7)
-
-
 def plotVolumes(table):
     """Draw the predicted against the true volume, one panel per region.
 
@@ -252,14 +165,14 @@ def plotVolumes(table):
     for panel, region in zip(panels, regions, strict=False):
         pairs = volumes[(table['region'] == region).to_numpy()]
         for axis in (panel.xaxis, panel.yaxis):
-            _scaleAxis(axis, volumes)
+            scaleAxis(axis, volumes)
         text = _drawAgreement(panel, pairs, np.nanmax(volumes))
-        _drawDots(panel, *pairs.T, (pairs == 0).any(1), BLUE if region in MAIN_REGIONS else GREY)
+        drawDots(panel, *pairs.T, (pairs == 0).any(1), BLUE if region in MAIN_REGIONS else GREY)
         panel.set(xlabel='true volume (ml)', ylabel='predicted volume (ml)', box_aspect=1)
         panel.set_title(f'{region}: {text}', fontsize=8)
     for panel in panels[len(regions) :]:
         panel.axis('off')
-    handles = [_makeDot(BLUE), _makeDot(BLUE, isHollow=True), Line2D([], [], color='black', linewidth=1)]
+    handles = [makeDot(BLUE), makeDot(BLUE, isHollow=True), Line2D([], [], color='black', linewidth=1)]
     handles.append(Line2D([], [], color=ORANGE, linewidth=1, linestyle='--'))
     texts = ['a patient', '0 ml in truth or prediction', 'prediction equals truth']
     texts.append('limits of agreement:\nmean difference (predicted\nminus true) ± 1.96 SD')
@@ -333,64 +246,3 @@ def plotConfusion(matrix):
 def _shortText(count):
     """Return a count in three digits with a prefix of SI, such as 34.5 k."""
     return EngFormatter()(float(f'{count:.3g}'))
-
-
-def _spreadDots(heights, bins=40, reach=0.3):
-    """Return horizontal offsets (n,) of dots, so that dots of about the same height (0 to 1) lie side by side."""
-    offsets = np.zeros(len(heights))
-    rows = np.round(np.nan_to_num(heights) * bins)
-    for row in np.unique(rows):
-        members = np.flatnonzero(rows == row)
-        step = min(0.07, 2 * reach / len(members))
-        offsets[members] = (np.arange(len(members)) - (len(members) - 1) / 2) * step
-    return offsets
-
-
-def _makeDot(color, isHollow=False, edge=None):
-    """Return one dot, a line without points or a line between them."""
-    style = {'marker': 'o', 'markersize': 4.5, 'linestyle': 'none', 'markeredgecolor': edge or color}
-    style |= {'markerfacecolor': 'white' if isHollow else color, 'markeredgewidth': 1 if isHollow else 0.5}
-    return Line2D([], [], **style)
-
-
-def _drawDots(panel, x, y, isHollow, color, edge=None):
-    """Draw a dot for each pair of x and y (n,), labelled `full` or, where `isHollow` (n,) is True, `hollow`."""
-    for label, mask in (('full', ~isHollow), ('hollow', isHollow)):
-        dots = _makeDot(color, label == 'hollow', edge)
-        dots.set(xdata=np.asarray(x)[mask], ydata=np.asarray(y)[mask], label=label, clip_on=False, zorder=2.5)
-        dots.set_in_layout(False)  # the layout takes a line without points to lie in the figure's corner
-        dots.set_alpha(0.75 if label == 'full' else 1)
-        panel.add_line(dots)
-
-
-def _scaleAxis(axis, values, threshold=None):
-    """Scale an axis from 0 to the largest value, linear or symlog: logarithmic, and linear below a threshold.
-
-    It is symlog if the values span more than a factor of 30 or one of them is 0.
-
-    Args:
-        axis: xaxis or yaxis of a panel.
-        values: 0 or more; NaN is ignored.
-        threshold: by default the decade of the smallest value, at most three decades below that of the largest. If it
-            is given, the axis is always symlog.
-
-    Returns:
-        function that maps an array of values to their heights on the axis, 0 to 1.
-    """
-    values = np.asarray(values, dtype=float)
-    positive = values[values > 0]
-    low, top = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
-    isWide = threshold is not None or top > 30 * low or (values == 0).any()
-    limits = getattr(axis.axes, f'set_{axis.axis_name}lim')
-    axis.axes.spines[['top', 'right']].set_visible(False)
-    if not isWide:
-        limits(-0.02 * top, 1.1 * top)
-        return lambda array: array / top
-    threshold = threshold or 10.0 ** max(np.floor(np.log10(low)), np.floor(np.log10(top)) - 3)
-    top = max(top, threshold)
-    decades = threshold * 10.0 ** np.arange(np.floor(np.log10(1.5 * top / threshold) + 1e-9) + 1)
-    getattr(axis.axes, f'set_{axis.axis_name}scale')('symlog', linthresh=threshold, linscale=0.6)
-    axis.set_ticks([0, *decades], labels=['0', *(f'{tick:g}' for tick in decades)])
-    axis.set_ticks([], minor=True)
-    limits(-0.25 * threshold, 1.5 * top)
-    return lambda array: np.arcsinh(array / threshold) / np.arcsinh(top / threshold)

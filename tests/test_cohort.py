@@ -307,6 +307,15 @@ def test_readGrades_acceptsATableWithGaps(tmp_path):
         cohort.readGrades(table)
 
 
+def test_readSites_readsNamesOf2018And2019(tmp_path):
+    """The site is in a patient's own name, or in that of an earlier year in its row of a table; else it is unknown."""
+    ids = ['Brats18_CBICA_AAB_1', 'BraTS19_TCIA01_335_1', 'BraTS20_Training_001', 'BraTS20_Training_002']
+    table = listEmptyFiles(tmp_path, *ids)
+    csv = pd.DataFrame({'BraTS_2018_subject_ID': ['Brats18_2013_2_1', None], 'BraTS_2020_subject_ID': ids[2:]})
+    csv.to_csv(tmp_path / 'name_mapping.csv', index=False)
+    assert cohort.readSites(table).to_dict() == dict(zip(ids, ['CBICA', 'TCIA01', '2013', 'unknown'], strict=True))
+
+
 def test_findSubjects_linksNamesOfSeveralYears(tmp_path):
     """A row of a published table links two names; without one, equal numbers of 2021 and 2023 do."""
     first, second, third = 'BraTS2021_00007', 'BraTS-GLI-00007-000', 'BraTS-GLI-00008-000'

@@ -97,3 +97,31 @@ def test_editions_readsADataSetOfItsOwn(home):
     utils.saveSegmentation(y, df.loc['case7'], 'out/case7.nii.gz')
     table = postprocess.scoreFolder(df[1:], 'out')
     assert table['region'].tolist() == ['WT'] and table['dice'].tolist() == [1]
+
+
+def test_scores_comparesTwoFolders(home):
+    """The block of docs/scores.md compares the tables of two folders and draws them."""
+    for folder, dice in (('A', 0.5), ('B', 0.6)):
+        (home / folder).mkdir()
+        rows = [{'patient': f'p{number}', 'region': 'WT', 'dice': dice, 'hd95': 5.0} for number in range(3)]
+        pd.DataFrame(rows).to_csv(home / folder / 'scores.csv', index=False)
+    [block] = blocksOf('docs/scores.md')
+    exec(block, {})
+    plt.close('all')
+    assert (home / 'comparison.png').is_file()
+
+
+@pytest.mark.filterwarnings('ignore:The model was trained on')
+def test_quality_estimatesNewPatients(home):
+    """The block of docs/quality.md tests a fit on seven patients, and estimates the Dice of a new one."""
+    config.DATA_FOLDER, config.OUTPUT_FOLDER, config.EPOCHS = 'patients', 'runs', 1
+    config.PLANES = ('axial', 'coronal')
+    phantom.makeCases('patients', 7, shape=(40, 40, 16))
+    phantom.makeCases('new', 1, seed=9, shape=(40, 40, 16))
+    [block] = blocksOf('docs/quality.md')
+    assert "'of': 5} for number in range(5)]" in block  # two folds take less time
+    exec(
+        block.replace("'of': 5} for number in range(5)]", "'of': 2} for number in range(2)]"), {'__name__': '__main__'}
+    )
+    plt.close('all')
+    assert len(pd.read_csv('predictions/quality.csv')) and (home / 'quality.png').is_file()

@@ -29,10 +29,11 @@ ROOMS = {
     'checkpoints': 'config atomic identity ranks recipe trained',
     'metrics': 'config',
     'components': 'config metrics',
+    'quality': 'config atomic editions',
     'scoring': 'config components editions metrics parallel patients',
-    'postprocess': 'config atomic components editions engine fingerprint identity metrics parallel patients scoring '
-    'trained',
-    'pictures': 'config atomic editions patients transforms metrics',
+    'postprocess': 'config atomic components editions engine fingerprint identity metrics parallel patients quality '
+    'scoring trained',
+    'pictures': 'config atomic editions patients transforms metrics quality',
     'utils': '*',
     'train': 'config batched checkpoints cohort engine preprocess ranks utils',
     'phantom': 'config atomic',

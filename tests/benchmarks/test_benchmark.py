@@ -46,7 +46,17 @@ def test_main_measuresEveryStage(tmp_path, monkeypatch, capsys, oneThread):
     monkeypatch.setattr(benchmark, 'benchMemory', lambda df, folder: memory)  # starts processes
     table, returned = benchmark.main(1, (48, 40, 16))
     assert returned is memory
-    stages = ['augmentation', 'loader', 'preprocessing', 'reading', 'training', 'prediction', 'counts', 'HD95']
+    stages = [
+        'augmentation',
+        'loader',
+        'preprocessing',
+        'reading',
+        'training',
+        'prediction',
+        'counts',
+        'HD95',
+        'lesion',
+    ]
     assert [stage for stage in [*stages, 'animated'] if not table.stage.str.startswith(stage).any()] == []
     measured = table[~table.method.str.contains('batchgenerators|kornia')]  # these two may be missing
     assert (measured.ms > 0).all() and (measured.ratio > 0).all()

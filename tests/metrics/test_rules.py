@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import config
 import metrics
 from metrics.rules import RULES
 
@@ -302,3 +303,13 @@ def test_rules_refuseWhatTheyDoNotKnow():
             metrics.scorePatient(cavity, _volume(), rule=rule)
     with pytest.raises(ValueError, match='yhat has values from 0 to 5; classes 0 to 4'):
         metrics.scoreLesions(cavity, _volume(_cube(5, 10)), rule='BraTS2026')
+
+
+def test_rules_takeThePenaltyOfConfig(monkeypatch):
+    """The penalty stands in one place: what is set there counts for distances, regions and lesions; 337 is 2024's."""
+    monkeypatch.setitem(config.HD95_EMPTY, 'surface-distance', 99.0)
+    y, yhat = _volume(_cube(3, 4)), _volume()
+    assert metrics.hausdorff95(y > 0, yhat > 0, rule='surface-distance') == 99
+    assert metrics.scorePatient(y, yhat, rule='BraTS2023').loc['ET', 'hd95'] == 99
+    assert metrics.scoreLesions(y, yhat, rule='BraTS2024-SSA').loc['ET', 'hd95'] == 99
+    assert metrics.scoreLesions(y, yhat, rule='BraTS2024').loc['ET', 'hd95'] == 337

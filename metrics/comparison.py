@@ -1,0 +1,172 @@
+"""Compare two tables of scores patient by patient: is B better than A?"""
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from metrics.scores import bootstrapMean
+
+_HIGHER = ('dice', 'sensitivity', 'specificity', 'precision', 'f1', 'pq', 'found')  # and each NSD: higher is better
+_LOWER = ('hd95', 'missed', 'falsePositive')
+_SAME = 1e-9  # scores that differ by less are equal: it is rounding
+_SAME_VOLUME = 1e-6  # ml; true volumes that differ by more are those of different truths
+_MOST_NAMED = 5  # patients or regions in an error message
+
+
+def betterIf(score):
+    """Return 'higher' or 'lower', the better direction of a score's name, or None where neither is, as for volumes."""
+    name = score.removeprefix('lesion')
+    name = name[:1].lower() + name[1:]
+    isHigher = name in _HIGHER or (name.startswith('nsd') and not name.endswith('Std'))
+    return 'higher' if isHigher else 'lower' if name in _LOWER else None
+
+
+def compare(tableA, tableB, by=None):
+    """Return the paired differences B - A of two tables of scores, per region and score over the same patients.
+
+    Each patient is compared with itself, so what makes a patient hard for both does not count. Higher is better for
+    Dice, sensitivity, specificity, precision, surface Dice and F1; lower is better for HD95 and the numbers of false
+    negatives and false positives. Volumes and deviations, of which neither is better, are not compared.
+
+    Args:
+        tableA, tableB: DataFrames of `scoreTable` or `postprocess.scoreFolder`, or a `scores.csv`, of the same patients
+            by the same rule. The order of the rows does not matter.
+        by: Series or dict of patient -> group, such as `cohort.readGrades(df)` or `cohort.readSites(df)`. Each group is
+            then compared by itself. Patients that are in no table do not matter.
+
+    Returns:
+        DataFrame with the index levels `group` (with `by`), `rule` (if the tables have it), `region` and `score`, and
+        the columns `betterIf` ('higher' or 'lower'); `mean` and `median` of B - A, in the unit of the score; `low` and
+        `high`, the interval of the mean as in `summarize`; `better`, `worse` and `equal`, for how many patients B is
+        so; `p` of the exact two-sided sign test of better against worse (1 if all are equal); `patients`, how many were
+        compared; `unscored`, how many have no score (NaN) in either table and are left out. If only one table has a
+        score of a patient, mean, median, interval and p are NaN. A score that a rule does not have has no row.
+
+    Raises:
+        ValueError: as `pairScores`; or a patient has no group.
+
+    Reference:
+        Dixon and Mood, The statistical sign test, Journal of the American Statistical Association 41 (1946).
+    """
+    a, b = pairScores(tableA, tableB)
+    levels = [level for level in ('rule', 'region') if level in a.index.names]
+    keys = [a.index.get_level_values(level) for level in levels]
+    if by is not None:
+        levels, keys = ['group', *levels], [_groupsOf(a.index.get_level_values('patient'), by), *keys]
+    rows = {}
+    for key, places in a.groupby(keys, sort=False).indices.items():
+        key = key if isinstance(key, tuple) else (key,)
+        for score in a:
+            isOfRule = a.index.get_level_values('rule') == key[-2] if 'rule' in levels else slice(None)
+            if a[score][isOfRule].notna().any() or b[score][isOfRule].notna().any():
+                values = a[score].to_numpy(float)[places], b[score].to_numpy(float)[places]
+                rows[(*key, score)] = _compareScore(*values, betterIf(score))
+    table = pd.DataFrame.from_dict(rows, orient='index')
+    table.index = pd.MultiIndex.from_tuples(rows, names=[*levels, 'score'])
+    return table.sort_index(level='group', sort_remaining=False, kind='stable') if by is not None else table
+
+
+def _compareScore(a, b, direction):
+    """Return a row of `compare` from the scores (patients,) of both tables."""
+    isUnscored = np.isnan(a) & np.isnan(b)
+    differences = subtract(a, b)[~isUnscored]
+    gain = differences if direction == 'higher' else -differences
+    better, worse = int((gain > 0).sum()), int((gain < 0).sum())
+    hasAll = differences.size and not np.isnan(differences).any()
+    row = dict.fromkeys(('mean', 'median', 'low', 'high'), np.nan)
+    if hasAll:
+        with np.errstate(invalid='ignore'):  # of infinite distances
+            low, high = bootstrapMean(np.sort(differences)[:, None])
+            row = {'mean': differences.mean(), 'median': np.median(differences), 'low': low[0], 'high': high[0]}
+    row |= {'better': better, 'worse': worse, 'equal': int((gain == 0).sum()), 'p': np.nan}
+    if hasAll:
+        row['p'] = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+    return {'betterIf': direction, **row, 'patients': len(differences), 'unscored': int(isUnscored.sum())}
+
+
+def subtract(a, b):
+    """Return b - a of scores, arrays of one shape; 0 where they are equal but for rounding, or both infinite."""
+    with np.errstate(invalid='ignore'):
+        return np.where(np.isclose(a, b, rtol=0, atol=_SAME), 0.0, np.subtract(b, a))
+
+
+def pairScores(tableA, tableB):
+    """Return the scores of two tables row by row for the same rule, patient and region.
+
+    Args:
+        tableA, tableB: as in `compare`.
+
+    Returns:
+        a, b: DataFrames with the same index (`rule` if the tables have it, `patient`, `region`), in the order of
+        `tableA`, and the same columns: the scores that `betterIf` knows.
+
+    Raises:
+        ValueError: a table has no rows, lacks a column or has a patient twice; or patients, regions, rules, scores or
+            true volumes of the tables differ.
+    """
+    a, b = (_indexed(table, name) for table, name in ((tableA, 'A'), (tableB, 'B')))
+    if a.index.names != b.index.names:
+        raise ValueError(
+            f'Table {"A" if "rule" in a.index.names else "B"} has a column rule, the other has none: score both by the '
+            'same rules.'
+        )
+    for level in a.index.names:
+        _refuseDifferent(*(table.index.get_level_values(level).unique() for table in (a, b)), f'{level}s')
+    _refuseDifferent(a.columns, b.columns, 'columns (were they scored by the same rule?)')
+    _refuseDifferent(a.index, b.index, 'rows')
+    b = b.reindex(a.index)
+    if 'volumeTruth' in a:
+        isOther = ~np.isclose(a['volumeTruth'], b['volumeTruth'], rtol=0, atol=_SAME_VOLUME, equal_nan=True)
+        patients = a.index.get_level_values('patient')[isOther].unique()
+        if len(patients):
+            raise ValueError(
+                f'The true volumes of {_name(patients)} differ between the tables: they were not scored against the '
+                'same segmentations. Score both again.'
+            )
+    scores = [column for column in a if betterIf(column)]
+    if not scores:
+        raise ValueError(f'The tables have the columns {list(a)}, and none is a score; dice or hd95 were expected.')
+    return a[scores], b[scores]
+
+
+def _indexed(table, name):
+    """Return a table of scores with rule, patient (as text) and region as index; raise ValueError if it has no such."""
+    missing = [column for column in ('patient', 'region') if column not in table]
+    if missing or table.empty:
+        raise ValueError(
+            f'Table {name} has {len(table)} rows and lacks the columns {missing or "none"}; a table of scoreTable with '
+            'at least one patient was expected.'
+        )
+    levels = [level for level in ('rule', 'patient', 'region') if level in table]
+    indexed = table.assign(patient=table['patient'].astype(str)).set_index(levels)
+    if not indexed.index.is_unique:
+        twice = indexed.index[indexed.index.duplicated()].get_level_values('patient').unique()
+        raise ValueError(f'Table {name} has {_name(twice)} twice; one row per patient and region was expected.')
+    return indexed
+
+
+def _refuseDifferent(a, b, what):
+    """Raise a ValueError that names what only one of two indices has, if there is anything."""
+    onlyA, onlyB = (one[~one.isin(other)] for one, other in ((a, b), (b, a)))
+    if len(onlyA) or len(onlyB):
+        found = ' and '.join(
+            f'only {name} has {_name(only)}' for name, only in (('A', onlyA), ('B', onlyB)) if len(only)
+        )
+        raise ValueError(f'The tables have other {what}: {found}. Only the same ones can be compared.')
+
+
+def _name(values):
+    """Return the first few of some values, and how many more there are, in words."""
+    texts = [' '.join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values[:_MOST_NAMED]]
+    more = len(values) - len(texts)
+    return ', '.join(texts) + (f' and {more} more' if more else '')
+
+
+def _groupsOf(patients, by):
+    """Return the group of each patient, an Index; raise a ValueError that names those without one."""
+    known = {str(patient): group for patient, group in dict(by).items()}
+    groups = pd.Index([known.get(patient) for patient in patients], dtype=object)
+    if groups.hasnans:
+        without = patients[groups.isna()].unique()
+        raise ValueError(f'by has no group for {_name(without)}; give each patient one, such as "unknown".')
+    return groups

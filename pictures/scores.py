@@ -1,0 +1,229 @@
+"""Draw the scores of patients, and how those of two models differ. A dot is a patient."""
+
+import numpy as np
+from matplotlib.lines import Line2D
+
+import config
+from metrics import compare, pairScores, summarize
+from metrics.comparison import subtract
+from metrics.rules import RULES
+from pictures.dots import BLUE, GREY, ORANGE, drawDots, makeDot, scaleAxis, spreadDots
+from pictures.figure import BELOW, MAIN_REGIONS, cautionText, countText, newFigure, requireColumns
+
+_WORDS = {'dice': 'Dice', 'hd95': 'HD95'}
+
+
+def plotScores(table):
+    """Draw each patient's Dice and HD95 by region, with the median, the mean and the interval of the mean.
+
+    Args:
+        table: DataFrame of `metrics.scoreTable`, made from tables of `scorePatient` or of `scoreLesions`, or of
+            `postprocess.scoreFolder`. With a column `rule` each rule has a row of panels, and one more for its
+            lesion-wise scores if the table has them.
+
+    Returns:
+        matplotlib Figure. Mean and interval are those of `metrics.summarize`. They include the HD95 that stands for an
+        empty mask, which a line marks; an infinite one is drawn on that line. Patients to whom the rule gives no score
+        are counted below their region. With fewer than ten patients the title says that the interval says little.
+
+    Raises:
+        ValueError: the table has no rows or lacks a column.
+    """
+    requireColumns(table, ['patient', 'region', 'dice', 'hd95'])
+    parts = _splitByRule(table)
+    numRegions = max(part['region'].nunique() for _, _, part in parts)
+    figure = newFigure(1.9 * max(numRegions, 3) + 1, 0.6 + 4 * len(parts))
+    for row, (title, rule, part) in zip(figure.subplots(len(parts), 2, squeeze=False), parts, strict=True):
+        _drawScores(dict(zip(('dice', 'hd95'), row, strict=True)), part, rule)
+        if title:
+            row[0].set_title(title, fontsize=9, loc='left')
+    handles = [makeDot(BLUE), makeDot(BLUE, isHollow=True), Line2D([], [], color='black', linewidth=2)]
+    handles.append(Line2D([], [], color=ORANGE, marker='D', markersize=5))
+    texts = ['a patient', 'a patient without the region in truth', 'median']
+    texts.append(f'mean and its {config.CONFIDENCE:.0%} interval (bootstrap over patients)')
+    figure.legend(handles, texts, ncols=4 if numRegions > 4 else 2, **BELOW)
+    number = table['patient'].nunique()
+    caution = cautionText(number, 'the interval says little')
+    figure.suptitle(f'Scores of {countText(number)}{caution}', fontsize=11)
+    return figure
+
+
+def _splitByRule(table):
+    """Return (title, rule, table) of each row of panels; without a column `rule` one, ('', None, table)."""
+    if 'rule' not in table:
+        return [('', None, table)]
+    parts = []
+    for rule, part in table.groupby('rule', sort=False):
+        part = part.drop(columns='rule')
+        parts.append((f'{rule}, whole volume', rule, part))
+        if {'lesionDice', 'lesionHd95'} <= set(part) and part['lesionDice'].notna().any():
+            lesions = part.drop(columns=['dice', 'hd95']).rename(columns={'lesionDice': 'dice', 'lesionHd95': 'hd95'})
+            parts.append((f'{rule}, lesion by lesion', rule, lesions))
+    return parts
+
+
+def _drawScores(panels, table, rule):
+    """Draw the Dice and the HD95 of one rule into two panels, a dict of score to panel."""
+    shown = ('patient', 'region', 'dice', 'hd95', 'volumeTruth', 'volumePredicted')
+    table = table[[name for name in shown if name in table]]
+    regions, isUnscored = table['region'].unique(), table['dice'].isna()
+    if rule not in RULES or RULES[rule].isEmptyScored:
+        isUnscored[:] = False  # a score is missing that the rule has: no mean is drawn
+    numUnscored, table = isUnscored.groupby(table['region']).sum(), table[~isUnscored]
+    summary = summarize(table) if len(table) else None
+    highest = RULES[rule].penalty if rule in RULES else max(each.penalty for each in RULES.values())
+    panels['dice'].set(ylim=(-0.03, 1.03), ylabel='Dice (0 to 1; 1 is best)')
+    distances = table['hd95'].replace(np.inf, highest)
+    scales = {'dice': np.asarray, 'hd95': scaleAxis(panels['hd95'].yaxis, distances, threshold=1)}
+    panels['hd95'].set_ylabel('HD95 (mm; 0 is best)')
+    for score, panel in panels.items():
+        labels = []
+        for place, region in enumerate(regions):
+            part = table[table['region'] == region]
+            values = part[score].to_numpy(float)
+            heights = np.where(np.isinf(values), highest, values)
+            isEmpty = part['volumeTruth'].to_numpy() == 0 if 'volumeTruth' in part else np.zeros(len(part), bool)
+            color = BLUE if region in MAIN_REGIONS else GREY
+            drawDots(panel, place + spreadDots(scales[score](heights)), heights, isEmpty, color)
+            text = _drawSummary(panel, place, summary.loc[(region, score)]) if len(part) else 'nobody has a score'
+            text += f'\n{numUnscored[region]} without a score' if numUnscored[region] else ''
+            labels.append(f'{region}\n{text}')
+            if score == 'hd95':
+                _markEmptyMasks(panel, place, values, heights, isEmpty if 'volumeTruth' in part else None)
+        _finishPanel(panel, labels)
+
+
+def _finishPanel(panel, labels):
+    """Write the labels below the places 0, 1, ... of a panel, and draw its grid."""
+    panel.set_xticks(range(len(labels)), labels, fontsize=8)
+    panel.set_xlim(-0.5, len(labels) - 0.3)
+    panel.grid(axis='y', color='#E5E5E5', linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.spines[['top', 'right']].set_visible(False)
+
+
+def _drawSummary(panel, place, row):
+    """Draw the median, mean and interval of one region; return the mean and the interval in words."""
+    if np.isfinite(row['median']):
+        panel.plot(
+            [place - 0.3, place + 0.3], [row['median']] * 2, color='black', linewidth=2, label='median', zorder=2
+        )
+    if not np.isfinite(row['mean']):
+        return 'no mean: a\nscore is missing' if np.isnan(row['mean']) else 'the mean is\ninfinite'
+    reach = [[row['mean'] - row['low']], [row['high'] - row['mean']]]
+    style = {'fmt': 'D', 'color': ORANGE, 'markersize': 5, 'capsize': 3, 'label': 'mean', 'zorder': 4}
+    panel.errorbar(place + 0.42, row['mean'], reach, **style)
+    digits = 2 if row.name[1] == 'dice' else 1
+    return f'mean {row["mean"]:.{digits}f}\n({row["low"]:.{digits}f} to {row["high"]:.{digits}f})'
+
+
+def _markEmptyMasks(panel, place, values, heights, isEmpty):
+    """Mark the distances that stand for an empty mask, or are infinite, and write their number, if there are any.
+
+    Args:
+        values: (n,), mm.
+        heights: (n,), mm, where they are drawn.
+        isEmpty: bool (n,), True where the truth is empty; None if the table does not say.
+    """
+    isMark = np.isinf(values) | np.isclose(values[:, None], [rule.penalty for rule in RULES.values()]).any(1)
+    if not isMark.any():
+        return
+    mark = heights[isMark][0]
+    if not panel.texts:
+        panel.axhline(mark, color='#444444', linestyle=':', linewidth=1, label='empty')
+        panel.set_ylim(top=2.6 * mark)
+    infinite = 'infinite, drawn at ' if np.isinf(values).any() or panel.get_title().startswith('infinite') else ''
+    meaning = 'no lesion was matched' if infinite else 'empty in truth or in prediction'
+    panel.set_title(f'{infinite}{mark:.0f} mm: {meaning}', fontsize=8, color='#444444')
+    text = countText(isMark.sum())
+    if isEmpty is not None:
+        counts = {'false negative': (isMark & ~isEmpty).sum(), 'false positive': (isMark & isEmpty).sum()}
+        text = '\n'.join(f'{count} {kind}' for kind, count in counts.items() if count)
+    panel.annotate(text, (place, mark), (0, 5), textcoords='offset points', ha='center', va='bottom', fontsize=7)
+
+
+def plotComparison(tableA, tableB, names=('A', 'B')):
+    """Draw by how much the Dice and HD95 of each patient differ between two models; up is always better for B.
+
+    Args:
+        tableA, tableB: as in `metrics.compare`. With a column `rule` each rule has rows of panels as in `plotScores`.
+        names: of the models, for title and axes.
+
+    Returns:
+        matplotlib Figure. A dot is a patient, blue where B is better, orange where it is worse, grey where both are
+        equal. The mean, its interval, how many are better and worse, and the p of the sign test are those of
+        `metrics.compare`. If the interval reaches across 0, these patients do not tell which one is better.
+
+    Raises:
+        ValueError: the tables cannot be compared, or have no Dice or HD95.
+    """
+    for table in (tableA, tableB):
+        requireColumns(table, ['patient', 'region', 'dice', 'hd95'])
+    pairScores(tableA, tableB)  # refuses the whole before a part
+    rows = list(zip(_splitByRule(tableA), _splitByRule(tableB), strict=True))
+    numRegions = tableA['region'].nunique()
+    figure = newFigure(2.3 * max(numRegions, 3) + 1, 1 + 4 * len(rows))
+    for panels, ((title, _, a), (_, _, b)) in zip(figure.subplots(len(rows), 2, squeeze=False), rows, strict=True):
+        _drawDifferences(dict(zip(('dice', 'hd95'), panels, strict=True)), a, b, names)
+        panels[0].set_title(title, fontsize=9, loc='left')
+    handles = [makeDot(color) for color in (BLUE, GREY, ORANGE)]
+    handles.append(Line2D([], [], color='black', marker='D', markersize=5))
+    texts = [f'a patient: {names[1]} better', 'equal', f'{names[1]} worse']
+    texts.append(f'mean and its {config.CONFIDENCE:.0%} interval (bootstrap over patients); p: sign test')
+    figure.legend(handles, texts, ncols=4, **BELOW)
+    number = tableA['patient'].nunique()
+    caution = cautionText(number, 'interval and test say little')
+    figure.suptitle(f'{names[1]} compared with {names[0]}: {countText(number)}{caution}', fontsize=11)
+    return figure
+
+
+def _drawDifferences(panels, tableA, tableB, names):
+    """Draw the differences of Dice and HD95 of one rule into two panels, a dict of score to panel."""
+    a, b = (scores[['dice', 'hd95']] for scores in pairScores(tableA, tableB))
+    summary, regions = compare(tableA, tableB), a.index.unique('region')
+    for score, panel in panels.items():
+        differences = subtract(a[score], b[score])
+        top = max(np.abs(differences[np.isfinite(differences)]).max(initial=0), 0.01 if score == 'dice' else 0.5)
+        heights, labels = np.clip(differences, -1.15 * top, 1.15 * top), []  # an infinite one lies beyond the others
+        panel.axhline(0, color='black', linewidth=1, label='equal')
+        for place, region in enumerate(regions):
+            own = heights[a.index.get_level_values('region') == region]
+            scaled = own / top if score == 'dice' else np.arcsinh(own) / np.arcsinh(top)
+            for color, isShown in _byDirection(own, score):
+                isHollow = np.zeros(isShown.sum(), bool)
+                drawDots(panel, (place + spreadDots(scaled / 2 + 0.5))[isShown], own[isShown], isHollow, color)
+            labels.append(f'{region}\n{_drawMean(panel, place, summary.loc[(region, score)])}')
+        _finishPanel(panel, labels)
+        panel.set_ylim(-1.25 * top, 1.25 * top)
+        unit = '' if score == 'dice' else ', mm'
+        panel.set_ylabel(f'{_WORDS[score]}, {names[1]} minus {names[0]}{unit}\n(up: {names[1]} is better)')
+    _scaleDistances(panels['hd95'])
+
+
+def _byDirection(differences, score):
+    """Yield the color of patients who are better, equal and worse, and which ones they are (bool)."""
+    gain = differences if score == 'dice' else -differences
+    yield from ((BLUE, gain > 0), (GREY, gain == 0), (ORANGE, gain < 0))
+
+
+def _scaleDistances(panel):
+    """Scale the vertical axis of a panel: linear within 1 mm of 0, logarithmic beyond, and smaller values up."""
+    bottom, top = panel.get_ylim()
+    panel.set_yscale('symlog', linthresh=1, linscale=0.6)
+    decades = 10.0 ** np.arange(np.floor(np.log10(max(top, 1))) + 1)
+    ticks = [*-decades[::-1], 0, *decades]
+    panel.set_yticks(ticks, [f'{tick:+g}' if tick else '0' for tick in ticks])
+    panel.yaxis.set_ticks([], minor=True)
+    panel.set_ylim(max(top, 1.2), min(bottom, -1.2))
+
+
+def _drawMean(panel, place, row):
+    """Draw the mean difference of one region and its interval; return what `compare` says of it in words."""
+    counts = f'{row["better"]} better\n{row["worse"]} worse'
+    if not np.isfinite(row['mean']):
+        return f'no mean\n{counts}'
+    style = {'fmt': 'D', 'color': 'black', 'markersize': 5, 'capsize': 3, 'label': 'mean', 'zorder': 4}
+    panel.errorbar(place + 0.42, row['mean'], [[row['mean'] - row['low']], [row['high'] - row['mean']]], **style)
+    digits = 3 if row.name[1] == 'dice' else 1
+    mean, low, high = (f'{row[name]:+.{digits}f}' for name in ('mean', 'low', 'high'))
+    return f'mean {mean}\n{low} to {high}\n{counts}\np = {row["p"]:.2g}'

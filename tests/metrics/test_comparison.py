@@ -1,0 +1,157 @@
+"""Paired comparison of two tables of scores: numbers by hand and by scipy, and every refusal."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import config
+import metrics
+
+A = {'WT': [0.5, 0.6, 0.7, 0.8], 'ET': [0.1, 0.2, 0.3, 0.4]}
+
+
+@pytest.fixture(autouse=True)
+def fewResamples():
+    config.BOOTSTRAP_RESAMPLES = 200
+
+
+def makeScores(dice, hd95=None, **columns):
+    """Return a table like scoreTable's of patients p0, p1, ...: the Dice by region, and other columns alike."""
+    rows = [
+        {'patient': f'p{number}', 'region': region, 'dice': value, 'hd95': 5.0 if hd95 is None else hd95[number]}
+        for region, values in dice.items()
+        for number, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows).assign(volumeTruth=2.0, volumePredicted=2.0, **columns)
+
+
+def test_compare_isHandCounted():
+    """Differences .1, .1, -.1, 0 have the mean .025 and median .05: two better, one worse, one equal, p of 1 in 3."""
+    b = makeScores({'WT': [0.6, 0.7, 0.6, 0.8], 'ET': A['ET']}, [1.0, 5.0, 9.0, 2.0])
+    table = metrics.compare(makeScores(A), b)
+    assert table.index.names == ['region', 'score'] and list(table.index) == [
+        (region, score) for region in ('WT', 'ET') for score in ('dice', 'hd95')
+    ]
+    row = table.loc['WT', 'dice']
+    assert row[['mean', 'median']].tolist() == pytest.approx([0.025, 0.05]) and row['betterIf'] == 'higher'
+    assert row[['better', 'worse', 'equal', 'patients', 'unscored']].tolist() == [2, 1, 1, 4, 0] and row['p'] == 1
+    row = table.loc['WT', 'hd95']  # differences -4, 0, 4, -3: lower is better
+    assert row[['betterIf', 'mean', 'median']].tolist() == ['lower', -0.75, -1.5]
+    assert row[['better', 'worse', 'equal']].tolist() == [2, 1, 1]
+    row = table.loc['ET', 'dice']
+    assert row[['mean', 'low', 'high', 'equal', 'p']].tolist() == [0, 0, 0, 4, 1]
+
+
+def test_compare_signTestIsExact():
+    """Eight of eight better are 2 / 2 ** 8, seven of eight 18 / 2 ** 8; a ninth that is equal does not count."""
+    a, b = makeScores({'WT': [0.5] * 9}), makeScores({'WT': [0.6] * 8 + [0.5]})  # the last one is equal
+    assert metrics.compare(a, b).loc[('WT', 'dice'), 'p'] == pytest.approx(2 / 256)
+    b.loc[0, 'dice'] = 0.4
+    assert metrics.compare(a, b).loc[('WT', 'dice'), 'p'] == pytest.approx(18 / 256)
+    assert metrics.compare(b, a).loc[('WT', 'dice'), ['better', 'worse', 'p']].tolist() == pytest.approx(
+        [1, 7, 18 / 256]
+    )
+
+
+def test_compare_intervalIsThatOfThePairedDifferences():
+    """Mean and interval are those that summarize gives for the differences as scores, in any order of the rows."""
+    generator = np.random.default_rng(1)
+    dice = generator.random((2, 12))
+    a, b = (makeScores({'WT': values}) for values in dice)
+    expected = metrics.summarize(a.assign(dice=dice[1] - dice[0])).loc['WT', 'dice']
+    for shuffled in (b, b.sample(frac=1, random_state=3)):
+        row = metrics.compare(a, shuffled).loc['WT', 'dice']
+        np.testing.assert_allclose(row[['mean', 'low', 'high']].astype(float), expected[['mean', 'low', 'high']])
+    assert row['p'] == pytest.approx(stats.binomtest(int((dice[1] > dice[0]).sum()), 12).pvalue)
+
+
+def test_compare_takesRoundingForEqual():
+    """Scores that differ in the last bit are equal, and so are two infinite distances."""
+    a, b = makeScores({'WT': [0.1 + 0.2]}, [np.inf]), makeScores({'WT': [0.3]}, [np.inf])
+    assert (metrics.compare(a, b)[['equal', 'mean', 'p']] == [1, 0, 1]).all(axis=None)
+
+
+def test_compare_countsWhatHasNoScore():
+    """A patient without a score in both tables is left out and counted; in one table only, there is no mean."""
+    a, b = makeScores({'WT': [np.nan, 0.5, 0.5]}), makeScores({'WT': [np.nan, 0.6, 0.7]})
+    row = metrics.compare(a, b).loc['WT', 'dice']
+    assert row[['patients', 'unscored', 'better']].tolist() == [2, 1, 2] and row['mean'] == pytest.approx(0.15)
+    row = metrics.compare(makeScores({'WT': [0.4, 0.5, 0.5]}), b).loc['WT', 'dice']
+    assert row[['patients', 'unscored', 'better']].tolist() == [3, 0, 2]
+    assert row[['mean', 'median', 'low', 'high', 'p']].isna().all()
+
+
+def test_compare_comparesEachRuleByItsScores():
+    """With several rules each has rows of its own, without the scores that it does not have."""
+
+    def both(dice):
+        first = makeScores({'WT': dice}).assign(rule='BraTS2020', lesionDice=np.nan, lesionMissed=np.nan)
+        second = makeScores({'WT': dice, 'RC': dice}).assign(
+            rule='BraTS2024', lesionDice=dice * 2, lesionMissed=[1, 2] * 2
+        )
+        return pd.concat([first, second])
+
+    table = metrics.compare(both([0.1, 0.2]), both([0.3, 0.4]))
+    assert table.index.names == ['rule', 'region', 'score']
+    assert list(table.loc['BraTS2020'].index) == [('WT', 'dice'), ('WT', 'hd95')]
+    scores = ['dice', 'hd95', 'lesionDice', 'lesionMissed']
+    assert list(table.loc['BraTS2024'].index) == [(region, score) for region in ('WT', 'RC') for score in scores]
+    assert table.loc[('BraTS2024', 'RC', 'lesionDice'), 'mean'] == pytest.approx(0.2)
+    assert table['betterIf'].xs('lesionMissed', level='score').eq('lower').all()
+
+
+def test_compare_comparesEachGroup():
+    """Of groups x = p0, p2 and y = p1, p3 each has its own mean; a patient without a group is refused by name."""
+    a, b = makeScores(A), makeScores({'WT': [0.6, 0.6, 0.8, 0.7], 'ET': A['ET']})
+    by = pd.Series({'p1': 'y', 'p0': 'x', 'p3': 'y', 'p2': 'x', 'p9': 'z'})
+    table = metrics.compare(a, b, by)
+    assert table.index.names == ['group', 'region', 'score'] and list(table.index.unique('group')) == ['x', 'y']
+    assert table.loc[('x', 'WT', 'dice'), ['mean', 'patients']].tolist() == pytest.approx([0.1, 2])
+    assert table.loc[('y', 'WT', 'dice'), ['mean', 'worse', 'equal']].tolist() == pytest.approx([-0.05, 1, 1])
+    pd.testing.assert_frame_equal(metrics.compare(a, b, by.to_dict()), table)
+    with pytest.raises(ValueError, match='by has no group for p1, p3; give each patient one'):
+        metrics.compare(a, b, by.replace('y', None))
+
+
+@pytest.mark.parametrize(
+    ('change', 'match'),
+    [
+        (lambda b: b[b['patient'] != 'p2'], 'other patients: only A has p2'),
+        (lambda b: b.replace('p3', 'q'), 'other patients: only A has p3 and only B has q'),
+        (lambda b: b[b['region'] != 'ET'], 'other regions: only A has ET'),
+        (lambda b: b[:-1], 'other rows: only A has p3 ET'),
+        (lambda b: pd.concat([b, b[:1]]), 'Table B has p0 twice; one row per patient and region'),
+        (lambda b: b.assign(rule='BraTS2020'), 'Table B has a column rule, the other has none'),
+        (lambda b: b.assign(missed=1), r'other columns \(were they scored by the same rule\?\): only B has missed'),
+        (lambda b: b.assign(volumeTruth=[2.0] * 7 + [2.1]), 'true volumes of p3 differ between the tables'),
+        (lambda b: b[:0], 'Table B has 0 rows'),
+        (lambda b: b.drop(columns='region'), r"lacks the columns \['region'\]"),
+    ],
+)
+def test_compare_refusesOtherTables(change, match):
+    """Other patients, regions, rules, columns or truth, a patient twice and an empty table are refused in words."""
+    with pytest.raises(ValueError, match=match):
+        metrics.compare(makeScores(A), change(makeScores(A)))
+
+
+def test_compare_refusesOtherRules():
+    """Tables by other rules are refused, also where only regions or columns tell them apart."""
+    y = np.zeros((6, 6, 6), int)
+    y[2:5, 2:5, 2:5] = 1
+    rules = ('BraTS2020', 'BraTS2023', 'BraTS2024', 'BraTS2024-SSA', 'BraTS2026')
+    tables = [metrics.scoreTable({'p': metrics.scorePatient(y, y, rule=rule)}) for rule in rules]
+    tables += [metrics.scoreTable({'p': metrics.scoreLesions(y, y, rule=rule)}) for rule in rules[1:]]
+    for number, a in enumerate(tables):
+        for b in tables[:number]:
+            with pytest.raises(ValueError, match=r'The tables have other (regions|columns)'):
+                metrics.compare(a, b)
+    with pytest.raises(ValueError, match='other rules: only A has BraTS2023 and only B has BraTS2026'):
+        metrics.compare(tables[1].assign(rule='BraTS2023'), tables[4].assign(rule='BraTS2026'))
+
+
+def test_compare_readsWhatWasWritten(tmp_path):
+    """A table that was written as CSV and read again, numbers as patients, is equal to itself."""
+    a = makeScores(A, np.random.default_rng(0).random(4)).assign(patient=lambda table: table['patient'].str[1:])
+    a.to_csv(tmp_path / 'scores.csv', index=False)
+    assert (metrics.compare(a, pd.read_csv(tmp_path / 'scores.csv'))['equal'] == 4).all()
