@@ -3,7 +3,9 @@
 from pictures.calibration import countCalibration, plotCalibration
 from pictures.charts import plotCohort, plotConfusion, plotCurves, plotScores, plotVolumes
 from pictures.gifs import makeGifs
+from pictures.scans import plotScans
 from pictures.slices import plotCases, plotModalities, plotPlanes, plotPrediction, plotSample, plotTransforms
+from pictures.viewer import viewPatient
 
 __all__ = [
     'countCalibration',
@@ -17,7 +19,9 @@ __all__ = [
     'plotPlanes',
     'plotPrediction',
     'plotSample',
+    'plotScans',
     'plotScores',
     'plotTransforms',
     'plotVolumes',
+    'viewPatient',
 ]
