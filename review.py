@@ -44,7 +44,12 @@ def readQuality(place):
     missing = [name for name in ('patient', 'region', 'predictedDice') if name not in table]
     if missing:
         raise ValueError(f'{file} lacks the columns {missing}; patient, region and predictedDice were expected.')
-    return table, file.stat().st_mtime
+    names = ['predictedDice', 'low', 'high']
+    try:
+        table[names] = table.reindex(columns=names).astype(float)
+    except ValueError as error:
+        raise ValueError(f'{file} has a predictedDice, low or high that is no number: {error}.') from error
+    return table.drop_duplicates(['patient', 'region'], keep='last'), file.stat().st_mtime
 
 
 def describeCase(folder, quality, trained, paths):
@@ -68,7 +73,7 @@ def describeCase(folder, quality, trained, paths):
             _addQuality(case, quality, file)
     except (ValueError, OSError) as error:
         case['error'] = str(error)
-        _warn(case, 'cannot be read', _withoutFolders(error, [file]))
+        _warn(case, 'cannot be read', _withoutFolders(error, paths, file))
     case['kinds'] = list(dict.fromkeys(kind for kind, _ in case['warnings']))
     return case
 
@@ -77,11 +82,11 @@ def _warn(case, kind, text):
     case['warnings'].append((kind, text))
 
 
-def _withoutFolders(error, files):
+def _withoutFolders(error, paths, file):
     """Return the text of an error with the names of the files only: a page is passed on, folders are private."""
     text = str(error)
-    for file in files:
-        text = text.replace(str(file), Path(file).name)
+    for path in (file, *(paths[name] for name in COLUMNS if hasFile(paths, name))):
+        text = text.replace(str(path), Path(path).name)
     return text
 
 
@@ -105,7 +110,7 @@ def _readCase(case, file, paths, trained):
         try:
             truth = _readClasses(truth, paths, edition)
         except ValueError as error:
-            _warn(case, 'other files', _withoutFolders(error, [paths['seg']]))
+            _warn(case, 'other files', _withoutFolders(error, paths, file))
             truth = None
     ml = float(np.prod(spacing)) / 1000
     case['volumes'] = _measureRegions(prediction, ml)
@@ -144,7 +149,7 @@ def _readBeside(case, paths, column, channel, row, shape, affine):
         checkGrid(row, 'seg', shape, affine, 'the seg' if column == 'seg' else column, volume.shape, grid)
         return volume
     except (ValueError, OSError) as error:
-        _warn(case, 'other files', _withoutFolders(error, [paths[column], row['seg']]))
+        _warn(case, 'other files', _withoutFolders(error, paths, row['seg']))
         return None
 
 
@@ -198,9 +203,10 @@ def _addQuality(case, quality, file):
         _warn(case, 'stale', 'quality.csv is older than the segmentation')
         return
     rows = rows.set_index('region')
-    values = rows.reindex(columns=['predictedDice', 'low', 'high']).astype(float)
+    values = rows[['predictedDice', 'low', 'high']]
     case['quality'] = {region: [_plain(value) for value in row] for region, row in values.T.items()}
-    isFlagged = rows.get('flag', pd.Series(False, rows.index)).astype(str).str.lower().isin(['true', '1', '1.0', 'yes'])
+    flags = rows.get('flag', pd.Series(False, rows.index)).astype(str).str.strip().str.lower()
+    isFlagged = ~flags.isin(['false', '0', '0.0', 'no', 'none', 'nan', ''])
     if isFlagged.any():
         low = ', '.join(f'{region} {values["predictedDice"][region]:.2f}' for region in rows.index[isFlagged])
         _warn(case, 'low predicted Dice', low)
