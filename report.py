@@ -99,7 +99,9 @@ def _placesOf(folder):
 def _listCases(folder, dataframe):
     """Return the file list of the patients to show, and how many others `config.DATA_FOLDER` has."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith('.')]
-    names = [file.name.removesuffix('.gz').removesuffix('.nii') for file in files if '.nii' in file.suffixes[-2:]]
+    names = [
+        file.name.removesuffix('.gz').removesuffix('.nii') for file in files if file.name.endswith(('.nii', '.nii.gz'))
+    ]
     found = list(dict.fromkeys(names))
     hasOwn = dataframe is not None
     if not hasOwn:
@@ -136,7 +138,7 @@ def _drawCharts(df, cases, table):
     names = {config.CLASS_NAMES[number]: number for number in range(1, config.NO_CLASSES)}
     if measured:
         own = df.loc[list(measured)]
-        hasFiles = own.notna().any(axis=1)
+        hasFiles = own.reindex(columns=list(COLUMNS)).notna().any(axis=1)
         rows = {case['patient']: case['classVolumes']['prediction'] for case in cases if case['volumes']}
         volumes = [[row[number] if number < len(row) else 0.0 for number in names.values()] for row in rows.values()]
         cohort = pd.DataFrame(volumes, list(rows), list(names))
