@@ -64,6 +64,8 @@ def writeReport(folder, dataframe=None, file=None):
     table = metrics.scoreTable(scores) if scores else None
     regions = list(dict.fromkeys(region for case in cases for region in case['volumes']))
     for case in cases:
+        if case['volumes']:  # of a region that only others have, the cavity, there are 0 ml
+            case['volumes'] = {region: case['volumes'].get(region, 0.0) for region in regions}
         case['rows'] = tabulate(case, scores.get(case['patient']))
     content = {
         'title': place.resolve().name,
@@ -169,9 +171,8 @@ def _compareScans(cases):
     columns = [name for name in (*MAIN_REGIONS, 'RC') if name in volumes]
     if not columns:
         return []
-    if 'RC' in columns:
-        volumes['RC'] = volumes['RC'].where(volumes[columns[0]].isna(), volumes['RC'].fillna(0))
     table = compareScans(volumes[columns])
+    table = table[table.groupby('subject')[columns[0]].transform('count') > 1]  # two scans that could be read
     return [
         {'subject': subject, 'columns': columns, 'rows': rows.to_dict('records'), 'figure': _toSvg(figure)}
         for subject, rows in table.groupby('subject', sort=False)
@@ -198,6 +199,7 @@ def _render(content):
     facts = {
         'regionNames': REGION_NAMES | {'RC': 'resection cavity'},
         'meanings': WARNINGS,
+        'numClasses': config.NO_CLASSES,
         'classes': list(zip(classNames(), classColors(), strict=True)),
         'errors': ERRORS,
         'sides': SIDES,

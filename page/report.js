@@ -255,7 +255,7 @@ const draw = () => {
   const volumes = shown.classVolumes;
   entries.forEach(([name, color], number) => {
     const ml = (which) => volumes[which] && (volumes[which][number + 1] ?? 0);
-    if (mode !== 'errors' && !ml('prediction') && !ml('truth') && number > 2) return; // a class of other editions
+    if (mode !== 'errors' && !ml('prediction') && !ml('truth') && number + 1 >= facts.numClasses) return; // of other editions
     const entry = make('li', undefined, byId('legend'));
     make('i', undefined, entry).style.background = color;
     const parts = ['prediction', 'truth'].filter((which) => volumes[which]).map((which) => `${ml(which).toFixed(1)} ml ${which}`);

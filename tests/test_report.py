@@ -263,10 +263,14 @@ def test_writeReport_comparesScansAndTellsTheCavity(tmp_path):
     after[14:29, 14:29, 14:29] = 4
     saveLabels(before, tmp_path / 'BraTS-GLI-00001-100.nii.gz')
     saveLabels(after, tmp_path / 'BraTS-GLI-00001-101.nii.gz')
+    for patient in ('BraTS-GLI-00002-100', 'BraTS-GLI-00002-101'):  # scans that cannot be read are not compared
+        (tmp_path / f'{patient}.nii.gz').write_bytes(b'no NIfTI')
     page = Page(report.writeReport(tmp_path))
     assert page.row('BraTS-GLI-00001-101')['RC ml'] == pytest.approx(3.375)
-    assert page.row('BraTS-GLI-00001-101')['WT ml'] == pytest.approx(1)
-    assert 'Over time' in page.text and '-7.0' in page.text and '+3.4' in page.text
+    assert page.row('BraTS-GLI-00001-100')['RC ml'] == 0 and page.row('BraTS-GLI-00001-101')['WT ml'] == pytest.approx(
+        1
+    )
+    assert len(svgsOf(page)) == 2 and '-7.0' in page.text and '+3.4' in page.text
 
 
 def test_writeReport_refusesAFolderWithoutSegmentations(tmp_path):
