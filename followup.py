@@ -22,8 +22,7 @@ def compareScans(volumes):
     columns = list(volumes)
     table = volumes.rename_axis('patient').sort_index().reset_index()
     table.insert(0, 'subject', [withoutTime(patient) for patient in table['patient']])
-    isTimed = table['subject'] != table['patient']
-    table = table[isTimed & table['subject'].duplicated(keep=False)].reset_index(drop=True)
+    table = table[table['subject'].duplicated(keep=False)].reset_index(drop=True)
     scans = table.groupby('subject', sort=False)
     table.insert(2, 'scan', scans.cumcount() + 1)
     changes = scans[columns].diff().rename(columns=lambda column: f'{column}Change')
