@@ -248,6 +248,11 @@ def classesOf(name, numClasses=None):
     return found
 
 
+def countWithCavity():
+    """Return the number of classes with the resection cavity as one of them; tumor or not stay two."""
+    return config.NO_CLASSES if config.NO_CLASSES == _TUMOR_OR_NOT else max(config.NO_CLASSES, CAVITY + 1)
+
+
 def labelsOf(name):
     """Return the label that each class is written as, class -> label.
 

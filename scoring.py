@@ -11,7 +11,7 @@ import pandas as pd
 import config
 import metrics
 from components import applyRules
-from editions import CAVITY
+from editions import CAVITY, countWithCavity
 from metrics.rules import RULES, findRule
 from parallel import forEachPatient, leaveOut
 from patients import checkGrid, detectEdition, hasFile, readVolume, spacingOf, toClasses
@@ -70,7 +70,7 @@ def scoreFolder(df, folder, rules=None, challenges=None):
     rows = {patient: paths for patient, paths in rows.items() if str(patient) not in trained}
     if trained:
         print(f'Not scored, because the model was trained on them: {", ".join(trained)}.')
-    missing = [patient for patient in rows if _findPrediction(patient, folder) is None]
+    missing = [patient for patient in rows if findPrediction(patient, folder) is None]
     if missing and challenges is None:
         raise FileNotFoundError(
             f'{folder} has no segmentation of {len(missing)} patients: {", ".join(map(str, missing[:5]))} ...'
@@ -192,12 +192,12 @@ def readPrediction(paths, folder):
 def _readTruth(paths):
     """Return the true classes of a patient, the cavity among them, uint8 (D, W, H), and the affine of their file."""
     labels, affine = readVolume(paths['seg'], paths.name)
-    return _toClasses(labels, paths, detectEdition(paths)), affine
+    return toClassesWithCavity(labels, paths, detectEdition(paths)), affine
 
 
 def _readPredicted(paths, folder, truth, affine):
     """Return the predicted classes of a patient, the cavity among them, on the grid of its truth, uint8 (D, W, H)."""
-    file = _findPrediction(paths.name, folder)
+    file = findPrediction(paths.name, folder)
     if file is None:
         raise FileNotFoundError(f'{folder} has no segmentation of {paths.name}.')
     volume, grid = readVolume(str(file), paths.name)
@@ -205,13 +205,12 @@ def _readPredicted(paths, folder, truth, affine):
     shape = truth.shape[1:] + truth.shape[:1]  # (D, W, H) -> (W, H, D)
     checkGrid(predicted, 'seg', volume.shape, grid, 'the true seg', shape, affine)
     # by the edition of the truth: the prediction's name may not reveal it
-    return _toClasses(volume, predicted, detectEdition(paths))
+    return toClassesWithCavity(volume, predicted, detectEdition(paths))
 
 
-def _toClasses(labels, paths, edition):
+def toClassesWithCavity(labels, paths, edition):
     """Return the classes of labels (W, H, D) by an edition's table, and class 4 for the cavity, uint8 (D, W, H)."""
-    numClasses = config.NO_CLASSES if config.NO_CLASSES == 2 else max(config.NO_CLASSES, CAVITY + 1)
-    return toClasses(labels, paths, edition, numClasses).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
+    return toClasses(labels, paths, edition, countWithCavity()).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
 
 
 def _withoutCavity(classes):
@@ -221,7 +220,7 @@ def _withoutCavity(classes):
     return np.where(classes == CAVITY, np.uint8(0), classes) if (classes == CAVITY).any() else classes
 
 
-def _findPrediction(patient, folder):
+def findPrediction(patient, folder):
     """Return the path of a patient's segmentation in a folder, or None."""
     files = (Path(folder) / f'{patient}{ending}' for ending in ('.nii.gz', '.nii'))
     return next((file for file in files if file.is_file()), None)

@@ -4,8 +4,10 @@ from pictures.calibration import countCalibration, plotCalibration
 from pictures.charts import plotCohort, plotConfusion, plotCurves, plotVolumes
 from pictures.estimates import plotQuality
 from pictures.gifs import makeGifs
+from pictures.scans import plotScans
 from pictures.scores import plotComparison, plotScores
 from pictures.slices import plotCases, plotModalities, plotPlanes, plotPrediction, plotSample, plotTransforms
+from pictures.viewer import viewPatient
 
 __all__ = [
     'countCalibration',
@@ -21,7 +23,9 @@ __all__ = [
     'plotPrediction',
     'plotQuality',
     'plotSample',
+    'plotScans',
     'plotScores',
     'plotTransforms',
     'plotVolumes',
+    'viewPatient',
 ]

@@ -20,6 +20,7 @@ import patients
 import phantom
 import postprocess
 import preprocess
+import report
 import train
 import utils
 
@@ -113,6 +114,7 @@ CALLS = {
     postprocess.predictFolder: 'df model folder',
     postprocess.writeScores: 'scores folder',
     phantom.makeCases: 'folder n seed shape',
+    report.writeReport: 'folder',
 }
 
 

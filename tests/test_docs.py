@@ -16,7 +16,9 @@ import patients
 import phantom
 import postprocess
 import preprocess
+import report
 import utils
+from conftest import save
 
 HOME = Path(__file__).resolve().parent.parent
 
@@ -125,3 +127,20 @@ def test_quality_estimatesNewPatients(home):
     )
     plt.close('all')
     assert len(pd.read_csv('predictions/quality.csv')) and (home / 'quality.png').is_file()
+
+
+def test_report_runsAsItIsWritten(home, monkeypatch):
+    """Its blocks write the page of two scans of a subject, draw their volumes, and show or name the viewer."""
+    monkeypatch.setattr(report, '_drawCharts', lambda *arguments: [])  # they take the longest
+    for number in (0, 1):
+        patient = f'BraTS-GLI-00001-00{number}'
+        volume = np.zeros((24, 24, 24), np.uint8)
+        volume[4:-4, 4:-4, 4:-4] = 1
+        for column in ('t1c', 't2w', 't2f', 'seg'):
+            save(volume, home / 'patients' / patient / f'{patient}-{column}.nii.gz')
+        save(volume, home / 'predictions' / f'{patient}.nii.gz')
+    names = {}
+    for block in blocksOf('docs/report.md'):
+        exec(block, names)
+    assert (home / 'predictions' / 'report.html').is_file() and (home / 'BraTS-GLI-00001.png').is_file()
+    assert names['scans']['necrotic core'].tolist() == [4.096, 4.096]

@@ -1,0 +1,70 @@
+"""Show a patient in an interactive viewer in the notebook."""
+
+from pathlib import Path
+
+import ipywidgets
+
+import config
+from editions import classesOf, countWithCavity, known
+from patients import detectEdition, fileOf, hasFile
+from pictures.figure import OPACITY, shownChannel
+from pictures.sprites import classColors, classNames
+
+
+def viewPatient(paths, segmentation=None):
+    """Return a viewer of a patient's image with truth and prediction over it, each with its own opacity.
+
+    It needs ipyniivue, whose JavaScript is in its wheel, so that it works without internet. Where it is not installed,
+    a sentence says so, and the notebook goes on.
+
+    Args:
+        paths: row of the file list.
+        segmentation: path of a prediction in the labels of the patient's edition, `.nii.gz` or `.nii`; None: only image
+            and truth are shown.
+
+    Returns:
+        ipywidgets.VBox; None if ipyniivue is not installed.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: the files are 4-D (Decathlon).
+    """
+    edition = detectEdition(paths)
+    if known()[edition].channels:
+        raise ValueError(f'{paths.name}: the viewer shows files with one volume, these have one for each modality.')
+    modality = config.MODALITIES[shownChannel(len(config.MODALITIES))]
+    image = fileOf(paths, modality)
+    overlays = {'truth': fileOf(paths, 'seg')} if hasFile(paths, 'seg') else {}
+    if segmentation is not None:
+        if not Path(segmentation).is_file():
+            raise FileNotFoundError(f'{segmentation} does not exist; utils.saveSegmentation writes it.')
+        overlays['prediction'] = Path(segmentation)
+    try:
+        from ipyniivue import NiiVue, SliceType
+    except ImportError:
+        print('No interactive viewer: "pip install ipyniivue", restart the kernel and run this cell again to see one.')
+        return None
+    viewer = NiiVue(height=420)
+    viewer.set_slice_type(SliceType.MULTIPLANAR)
+    viewer.opts.is_radiological_convention = False  # the patient's right on the viewer's right
+    viewer.load_volumes([{'path': image}, *({'path': file, 'opacity': OPACITY} for file in overlays.values())])
+    sliders = []
+    for name, volume in zip(overlays, viewer.volumes[1:], strict=True):
+        volume.set_colormap_label(_labelColors(edition))
+        slider = ipywidgets.FloatSlider(OPACITY, min=0, max=1, step=0.05, description=name)
+        ipywidgets.link((slider, 'value'), (volume, 'opacity'))
+        sliders.append(slider)
+    return ipywidgets.VBox([ipywidgets.HBox(sliders), viewer])
+
+
+def _labelColors(edition):
+    """Return NiiVue's table of colors and names of an edition's labels; background is transparent."""
+    numbers = classesOf(edition, countWithCavity())
+    labels = sorted(numbers)
+    colors = [classColors()[numbers[label]] for label in labels]
+    bands = {
+        band: [int(text[place : place + 2], 16) for text in colors]
+        for band, place in zip('RGB', (1, 3, 5), strict=True)
+    }
+    names = [classNames()[numbers[label]] for label in labels]
+    return bands | {'A': [0 if label == 0 else 255 for label in labels], 'I': labels, 'labels': names}

@@ -1,0 +1,230 @@
+"""Read one patient of a folder of segmentations for the report: volumes, scores, warnings and pictures."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+
+import config
+import metrics
+from editions import CAVITY, known
+from patients import COLUMNS, checkGrid, detectEdition, hasFile, patientOf, readVolume
+from pictures.figure import MAIN_REGIONS, shownChannel
+from pictures.sprites import drawThumbnail, packVolumes
+from scoring import findPrediction, toClassesWithCavity
+
+_SMALL, _LARGE = 2.0, 300.0  # ml of whole tumor: outside of them a look is worth its time
+_MANY = 20  # components of whole tumor
+_LOW = 0.5  # Dice
+_OUTSIDE = 0.05  # fraction of the tumor where the images are 0
+WARNINGS = {  # kind -> what it means
+    'cannot be read': 'the segmentation could not be used; the row says why',
+    'no segmentation': 'the folder has no segmentation of this patient of the file list',
+    'other files': 'an image or the true segmentation could not be used; the row says why',
+    'empty': 'no voxel of tumor was predicted',
+    'no ET': 'tumor, but no enhancing tumor was predicted',
+    'many parts': f'the predicted tumor falls into more than {_MANY} components (26 neighbours)',
+    'small': f'less than {_SMALL:g} ml of tumor were predicted',
+    'large': f'more than {_LARGE:g} ml of tumor were predicted',
+    'outside': f'more than {_OUTSIDE:.0%} of the predicted tumor lies where all shown images are 0',
+    'low Dice': f'a Dice below {_LOW:g}, of WT, TC or ET',
+    'low predicted Dice': 'quality.csv flags the patient: without a truth, its Dice is expected to be low',
+    'stale': 'quality.csv is older than the segmentation, so its row is not shown',
+    'trained on': 'the model was trained on this patient, so it is not scored',
+}
+
+
+def readQuality(place):
+    """Return the table of a folder's `quality.csv` and the time it was written; None, 0 if there is none."""
+    file = place / 'quality.csv'
+    if not file.is_file():
+        return None, 0
+    table = pd.read_csv(file, dtype={'patient': str})
+    missing = [name for name in ('patient', 'region', 'predictedDice') if name not in table]
+    if missing:
+        raise ValueError(f'{file} lacks the columns {missing}; patient, region and predictedDice were expected.')
+    names = ['predictedDice', 'low', 'high']
+    try:
+        table[names] = table.reindex(columns=names).astype(float)
+    except ValueError as error:
+        raise ValueError(f'{file} has a predictedDice, low or high that is no number: {error}.') from error
+    return table.drop_duplicates(['patient', 'region'], keep='last'), file.stat().st_mtime
+
+
+def describeCase(folder, quality, trained, paths):
+    """Return what the page shows of one patient, as plain values, and its table of scores or None.
+
+    Args:
+        folder: of the segmentations.
+        quality: table of `readQuality`.
+        trained: set of the patients that the model was trained on.
+        paths: row of the file list.
+    """
+    case = {'patient': patientOf(paths), 'error': None, 'warnings': [], 'volumes': {}, 'quality': {}, 'scores': None}
+    case |= {'thumbnail': None, 'packed': None, 'file': None, 'classVolumes': {}}
+    file = findPrediction(paths.name, folder)
+    try:
+        if file is None:
+            _warn(case, 'no segmentation', f'{folder.name} has no {paths.name}.nii.gz or .nii')
+        else:
+            case['file'] = file.name
+            _readCase(case, file, paths, trained)
+            _addQuality(case, quality, file)
+    except (ValueError, OSError) as error:
+        case['error'] = str(error)
+        _warn(case, 'cannot be read', _withoutFolders(error, paths, file))
+    case['kinds'] = list(dict.fromkeys(kind for kind, _ in case['warnings']))
+    return case
+
+
+def _warn(case, kind, text):
+    case['warnings'].append((kind, text))
+
+
+def _withoutFolders(error, paths, file):
+    """Return the text of an error with the names of the files only: a page is passed on, folders are private."""
+    text = str(error)
+    for path in (file, *(paths[name] for name in COLUMNS if hasFile(paths, name))):
+        text = text.replace(str(path), Path(path).name)
+    return text
+
+
+def _readCase(case, file, paths, trained):
+    """Add what a patient's files say to `case`: volumes, scores, warnings and pictures."""
+    row = pd.Series({**paths, 'seg': str(file)}, name=paths.name)
+    edition = detectEdition(paths if any(hasFile(paths, name) for name in COLUMNS) else namedAfter(paths.name))
+    labels, affine = readVolume(str(file), paths.name)
+    prediction = _readClasses(labels, row, edition)
+    spacing = [float(value) for value in nib.affines.voxel_sizes(affine)]
+    images = {}
+    for name in _shownModalities():
+        if hasFile(paths, name):
+            channel = (known()[edition].channels or {}).get(name)
+            image = _readBeside(case, paths, name, channel, row, labels.shape, affine)
+            images |= {} if image is None else {name: image}
+    truth = None
+    if hasFile(paths, 'seg'):
+        truth = _readBeside(case, paths, 'seg', None, row, labels.shape, affine)
+    if truth is not None:
+        try:
+            truth = _readClasses(truth, paths, edition)
+        except ValueError as error:
+            _warn(case, 'other files', _withoutFolders(error, paths, file))
+            truth = None
+    ml = float(np.prod(spacing)) / 1000
+    case['volumes'] = _measureRegions(prediction, ml)
+    case['classVolumes'] = {'prediction': (np.bincount(prediction.ravel()) * ml).round(3).tolist()}
+    if truth is not None:
+        case['classVolumes']['truth'] = (np.bincount(truth.ravel()) * ml).round(3).tolist()
+    if truth is not None and paths.name in trained:
+        _warn(case, 'trained on', 'not scored')
+    elif truth is not None:
+        case['scores'] = metrics.scorePatient(_known(truth), _known(prediction), spacing)
+    _addWarnings(case, prediction, images)
+    case['packed'] = packVolumes(images, prediction, truth, spacing)
+    case['thumbnail'] = drawThumbnail(next(iter(images.values()), None), prediction, spacing)
+
+
+def namedAfter(patient):
+    """Return the row of a file list for a patient of which only the name is known."""
+    return pd.Series({'seg': f'{patient}_seg.nii.gz'}, name=patient)
+
+
+def _shownModalities():
+    """Return the modalities that the page shows: that of all pictures, and t1ce, which shows enhancing tumor."""
+    shown = config.MODALITIES[shownChannel(len(config.MODALITIES))]
+    return list(dict.fromkeys([shown, *(name for name in ('t1ce',) if name in config.MODALITIES)]))
+
+
+def _readClasses(labels, paths, edition):
+    """Return the classes of labels, the cavity among them, uint8 (W, H, D)."""
+    return np.moveaxis(toClassesWithCavity(labels, paths, edition), 0, 2)  # (D, W, H) -> (W, H, D)
+
+
+def _readBeside(case, paths, column, channel, row, shape, affine):
+    """Return a volume of a patient, or None with a warning if it cannot be used or lies on another grid."""
+    try:
+        volume, grid = readVolume(paths[column], paths.name, channel)
+        checkGrid(row, 'seg', shape, affine, 'the seg' if column == 'seg' else column, volume.shape, grid)
+        return volume
+    except (ValueError, OSError) as error:
+        _warn(case, 'other files', _withoutFolders(error, paths, row['seg']))
+        return None
+
+
+def _known(classes):
+    """Return classes with those that `config` does not know, the cavity, as background."""
+    return np.where(classes < config.NO_CLASSES, classes, np.uint8(0))
+
+
+def _measureRegions(classes, ml):
+    """Return region -> ml; the resection cavity is a region of its own, RC, where it is found."""
+    regions = dict(config.REGIONS)
+    if (classes == CAVITY).any():
+        regions.setdefault('RC', (CAVITY,))
+    counts = np.bincount(classes.ravel(), minlength=CAVITY + 1)
+    return {region: float(counts[list(members)].sum() * ml) for region, members in regions.items()}
+
+
+def _addWarnings(case, prediction, images):
+    """Add the warnings that need no truth, and that of a low Dice."""
+    isTumor = np.isin(prediction, config.REGIONS['WT'])
+    volumes, numVoxels = case['volumes'], np.count_nonzero(isTumor)
+    if not numVoxels:
+        _warn(case, 'empty', 'no voxel of tumor')
+    else:
+        if 'ET' in volumes and not volumes['ET']:
+            _warn(case, 'no ET', 'no enhancing tumor')
+        if volumes['WT'] < _SMALL or volumes['WT'] > _LARGE:
+            _warn(case, 'small' if volumes['WT'] < _SMALL else 'large', f'{volumes["WT"]:.1f} ml of tumor')
+        numParts = metrics.labelComponents(isTumor)[1]
+        if numParts > _MANY:
+            _warn(case, 'many parts', f'{numParts} components')
+        if images:
+            isOutside = isTumor & np.all([image == 0 for image in images.values()], axis=0)
+            fraction = np.count_nonzero(isOutside) / numVoxels
+            if fraction > _OUTSIDE:
+                _warn(case, 'outside', f'{fraction:.0%} of the tumor lies outside the brain')
+    if case['scores'] is not None:
+        dice = case['scores']['dice'].reindex(MAIN_REGIONS).dropna()
+        if (dice < _LOW).any():
+            low = ', '.join(f'{region} {value:.2f}' for region, value in dice[dice < _LOW].items())
+            _warn(case, 'low Dice', low)
+
+
+def _addQuality(case, quality, file):
+    """Add a patient's predicted Dice, and a warning if it is flagged or older than its segmentation."""
+    table, written = quality
+    rows = None if table is None else table[table['patient'] == case['patient']]
+    if rows is None or rows.empty:
+        return
+    if written < file.stat().st_mtime:
+        _warn(case, 'stale', 'quality.csv is older than the segmentation')
+        return
+    rows = rows.set_index('region')
+    values = rows[['predictedDice', 'low', 'high']]
+    case['quality'] = {region: [_plain(value) for value in row] for region, row in values.T.items()}
+    flags = rows.get('flag', pd.Series(False, rows.index)).astype(str).str.strip().str.lower()
+    isFlagged = ~flags.isin(['false', '0', '0.0', 'no', 'none', 'nan', ''])
+    if isFlagged.any():
+        low = ', '.join(f'{region} {values["predictedDice"][region]:.2f}' for region in rows.index[isFlagged])
+        _warn(case, 'low predicted Dice', low)
+
+
+def _plain(value):
+    """Return a number for JSON: None for NaN."""
+    return None if pd.isna(value) else float(value)
+
+
+def tabulate(case, scores):
+    """Return region -> what is known of it: `volume`, `truth` (ml), `dice`, `hd95`, `expected` (Dice, low, high)."""
+    rows = {}
+    for region, volume in case['volumes'].items():
+        rows[region] = {'volume': volume}
+        if scores is not None and region in scores.index:
+            row = scores.loc[region]
+            rows[region] |= {'truth': row['volumeTruth'], 'dice': _plain(row['dice']), 'hd95': _plain(row['hd95'])}
+        if region in case['quality']:
+            rows[region]['expected'] = case['quality'][region]
+    return rows
