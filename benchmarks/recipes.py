@@ -3,7 +3,8 @@
     python -m benchmarks.recipes FOLDER OUTPUT [STEPS [FOLDS]]
 
 A recipe is a dict of `config` values. Each fold of each recipe has a folder of its own below OUTPUT; a stopped run goes
-on where it was, and finished folds are not trained again.
+on where it was, and finished folds are not trained again. At the end another system is trained for as long as the last
+recipe, on the same patients.
 """
 
 import sys
@@ -22,6 +23,7 @@ import metrics
 import preprocess
 import utils
 from atomic import writeAtomically
+from benchmarks import peers
 from pictures.figure import MAIN_REGIONS
 
 # A small network, so that a processor trains it in minutes
@@ -48,7 +50,10 @@ RECIPES = {
 SCORED_AT = (0.2, 1.0)  # of all steps; there whole patients are scored and the run is saved
 
 
-def main(folder, output, numSteps=1500, folds=4, recipes=None):
+PEER = 'MONAI SegResNet (3-D)'
+
+
+def main(folder, output, numSteps=1500, folds=4, recipes=None, withPeer=True):
     """Train and score recipes, print their table, and write `recipes.csv` and `recipes.png`.
 
     Args:
@@ -57,6 +62,7 @@ def main(folder, output, numSteps=1500, folds=4, recipes=None):
         numSteps: batches of each training.
         folds: number of folds; fold i tests every `folds`-th patient by name, from the i-th on.
         recipes: dict of name to `config` values; default `RECIPES`.
+        withPeer: train `PEER` too, in each fold for the seconds of the last recipe.
 
     Returns:
         DataFrame with a row for each recipe, fold, step, patient and region: `dice`, `hd95` (mm), and `seconds` of
@@ -71,7 +77,14 @@ def main(folder, output, numSteps=1500, folds=4, recipes=None):
                 table = _runFold(df[[not tested for tested in isTested]], df[isTested], numSteps)
             rows.append(table.assign(recipe=name, fold=fold))
         print(summarize(pd.concat(rows)).loc[[name]].to_string())
+    durations = [table['seconds'].max() for table in rows[-folds:]]
+    for fold, seconds in enumerate(durations if withPeer else ()):
+        isTested = [number % folds == fold for number in range(len(df))]
+        with _configured({'OUTPUT_FOLDER': str(Path(output) / PEER / str(fold))}):
+            table = _runPeer(df[[not tested for tested in isTested]], df[isTested], seconds)
+        rows.append(table.assign(recipe=PEER, fold=fold))
     table = pd.concat(rows, ignore_index=True)
+    print(summarize(table).to_string())
     with writeAtomically(Path(output) / 'recipes.csv') as part:
         table.to_csv(part, index=False)
     plotRecipes(table).savefig(Path(output) / 'recipes.png')
@@ -131,19 +144,44 @@ def _runFold(traindf, testdf, numSteps):
 
 def _score(testdf, model):
     """Return Dice and HD95 of the regions of whole patients."""
-    scores = {}
-    for patient, (_, y, yhat) in engine.predictAll(testdf, model, patchStride=config.PATCH_STRIDE):
-        scores[patient] = metrics.scorePatient(y, yhat).loc[list(MAIN_REGIONS), ['dice', 'hd95']]
-    return metrics.scoreTable(scores)
+    cases = engine.predictAll(testdf, model, patchStride=config.PATCH_STRIDE)
+    return _scoreCases((patient, y, yhat) for patient, (_, y, yhat) in cases)
+
+
+def _runPeer(traindf, testdf, seconds):
+    """Train the other system for some seconds, unless that is done, and return the scores of patients."""
+    file = Path(config.OUTPUT_FOLDER) / 'scores.csv'
+    if file.is_file():
+        return pd.read_csv(file)
+    model, numSteps = peers.trainSegResNet(traindf, seconds)
+    table = _scoreCases((patient, *peers.predictSegResNet(paths, model)) for patient, paths in testdf.iterrows())
+    table = table.assign(step=numSteps, seconds=seconds)
+    with writeAtomically(file) as part:
+        table.to_csv(part, index=False)
+    return table
+
+
+def _scoreCases(cases):
+    """Return Dice and HD95 of the regions of (patient, y, yhat)."""
+    regions, columns = list(MAIN_REGIONS), ['dice', 'hd95']
+    return metrics.scoreTable({each: metrics.scorePatient(y, yhat).loc[regions, columns] for each, y, yhat in cases})
 
 
 def summarize(table):
-    """Return the mean Dice and HD95 of each region at the last step, and the seconds of training, by recipe."""
-    last = table[table['step'] == table.groupby('recipe')['step'].transform('max')]
+    """Return the mean Dice and HD95 of each region at the last step, and the seconds of training, by recipe.
+
+    Also at which scored step, and after how many seconds, the recipe is first as good as the first one at its end: the
+    mean Dice of all patients and regions is as high; NaN if it never is.
+    """
+    last = table[table['step'] == table.groupby(['recipe', 'fold'])['step'].transform('max')]
     means = last.pivot_table(index='recipe', columns='region', values=['dice', 'hd95'], sort=False).round(3)
     means.columns = [f'{score} {region}' for score, region in means.columns]
-    seconds = last.groupby('recipe', sort=False)['seconds'].mean().round()
-    return means.assign(patients=last.groupby('recipe')['patient'].nunique(), seconds=seconds)
+    steps, seconds = (last.groupby('recipe', sort=False)[name].mean().round() for name in ('step', 'seconds'))
+    means = means.assign(patients=last.groupby('recipe')['patient'].nunique(), steps=steps, seconds=seconds)
+    aim = last.loc[last['recipe'] == table['recipe'].iloc[0], 'dice'].mean()
+    overall = table.groupby(['recipe', 'step'])[['dice', 'seconds']].mean().reset_index()
+    reached = overall[overall['dice'] >= aim].groupby('recipe').first()
+    return means.assign(stepsToFirst=reached['step'], secondsToFirst=reached['seconds'].round())
 
 
 def plotRecipes(table):

@@ -1,12 +1,13 @@
 import itertools
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
 import config
 import engine
 import phantom
-from benchmarks import recipes
+from benchmarks import peers, recipes
 
 
 @pytest.fixture(autouse=True)
@@ -22,19 +23,42 @@ def test_main_scoresEachPatientOnceByRecipe(tmp_path, monkeypatch):
     phantom.makeCases(tmp_path / 'data', 3, shape=(40, 40, 36))
     tried = {'document': config.DOCUMENT, 'planes': {**config.DOCUMENT, 'PLANES': ('axial', 'sagittal')}}
     before = dict(vars(config))
-    table = recipes.main(tmp_path / 'data', tmp_path / 'out', 10, 3, tried)
+    table = recipes.main(tmp_path / 'data', tmp_path / 'out', 10, 3, tried, withPeer=False)
     assert vars(config) == before
     assert len(table) == 2 * 2 * 3 * 3 and sorted(table['step'].unique()) == [2, 10]
     assert (table.groupby(['recipe', 'step', 'region'])['patient'].nunique() == 3).all()
     assert table.groupby(['recipe', 'fold'])['seconds'].apply(lambda each: each.is_monotonic_increasing).all()
     assert (tmp_path / 'out' / 'recipes.png').is_file()
     monkeypatch.setattr(engine, 'train', None)
-    again = recipes.main(tmp_path / 'data', tmp_path / 'out', 10, 3, tried)
+    again = recipes.main(tmp_path / 'data', tmp_path / 'out', 10, 3, tried, withPeer=False)
     assert again['dice'].tolist() == pytest.approx(table['dice'].tolist())
     summary = recipes.summarize(table)
     assert list(summary.index) == ['document', 'planes'] and (summary['patients'] == 3).all()
     last = table[(table['step'] == 10) & (table['recipe'] == 'planes') & (table['region'] == 'WT')]
     assert summary.loc['planes', 'dice WT'] == pytest.approx(last['dice'].mean(), abs=1e-3)
+
+
+def test_summarize_saysWhenTheFirstRecipeIsReached():
+    """The first ends at Dice .5; the second has .4 after 2 steps and .6 after 10, which took 7 seconds."""
+    rows = [('first', 10, 0.5, 5), ('second', 2, 0.4, 1), ('second', 10, 0.6, 7), ('third', 10, 0.3, 2)]
+    table = pd.DataFrame(rows, columns=['recipe', 'step', 'dice', 'seconds'])
+    summary = recipes.summarize(table.assign(fold=0, patient='P', region='WT', hd95=1.0))
+    assert summary['stepsToFirst'].tolist()[:2] == [10, 10] and summary['secondsToFirst'].tolist()[:2] == [5, 7]
+    assert summary.loc['third', ['stepsToFirst', 'secondsToFirst']].isna().all()
+
+
+def test_peer_isTrainedForTheTimeAndScoresWholePatients(tmp_path, monkeypatch):
+    """MONAI's network makes a step at least, predicts classes on the grid of the truth, and is not trained twice."""
+    monkeypatch.setattr(peers, 'CROP', 32)
+    phantom.makeCases(tmp_path / 'data', 2, shape=(40, 40, 36))
+    tried = {'few': {**config.DOCUMENT, 'ENCODER_DEPTH': 3, 'DECODER_CHANNELS': (16, 8, 8), 'BATCHSIZE': 4}}
+    table = recipes.main(tmp_path / 'data', tmp_path / 'out', 5, 2, tried)
+    peer = table[table['recipe'] == recipes.PEER]
+    assert peer['patient'].nunique() == 2 and len(peer) == 2 * 3 and peer['dice'].between(0, 1).all()
+    ours = table[(table['recipe'] == 'few') & (table['step'] == 5)]
+    assert (peer['step'] >= 1).all() and peer['seconds'].tolist() == ours['seconds'].tolist()
+    monkeypatch.setattr(peers, 'trainSegResNet', None)
+    assert len(recipes.main(tmp_path / 'data', tmp_path / 'out', 5, 2, tried)) == len(table)
 
 
 def test_recipes_endWithTheDefault():
