@@ -7,20 +7,19 @@ from contextlib import contextmanager
 from functools import partial
 from types import NoneType
 
-import numpy as np
 import torch
-from scipy import ndimage
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 import config
 from parallel import leaveOut
-from patients import maskFunction, patientOf, readCase
+from patients import maskFunction, patientOf, readCase, spacingOf
 from ranks import sumOverRanks
 from recipe import autocast, availableWeights, makeAverage, makeCriterion, makeModel, makeScheduler, precision
 from trained import bare, followAll, identityOf, membersFor, membersOf, noteTraining, noteValidation, warnOfTrained
-from transforms import PLANES, transformVolume, withChannels
-from windows import planWindows, predictPatches, predictSlices
+from transforms import transformVolume
+from volumes import PLANES, boundingBox, planWindows, warnOfUnfit, withChannels
+from windows import predictPatches, predictSlices
 
 __all__ = [
     'availableWeights',
@@ -226,7 +225,7 @@ def predict(
         mirror: average the probabilities of the four flips of each slice; takes four times as long.
         probabilities: return them too: a softmax, or for a model trained with the focal loss, which treats each class
             by itself, the sigmoids divided by their sum.
-        planes: the planes whose slices are predicted, some of `transforms.PLANES`; their probabilities are averaged.
+        planes: the planes whose slices are predicted, some of `volumes.PLANES`; their probabilities are averaged.
             Default: those of the training.
 
     Returns:
@@ -234,6 +233,8 @@ def predict(
         y: int64 (D, W, H), the truth after the transform; None without a segmentation.
         yhat: int64 (D, W, H), classes 0 to 3; voxels that no window covers are 0.
         probability: float32 (D, NO_CLASSES, W, H), only with `probabilities = True`.
+
+    A warning names a patient whose voxels do not measure 1 mm, or whose skull was not stripped.
 
     Raises:
         ValueError, FileNotFoundError: bad data, as in `patients.readCase`; the transform changes the shape, or is not
@@ -286,6 +287,7 @@ def _prepare(paths, way):
     """Return x (D, C, W, H), y (D, W, H) or None, and the brain mask, bool (D, W, H), of one patient."""
     image, label = readCase(paths, way.modalities)
     isBrain = torch.from_numpy(maskFunction(image).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
+    warnOfUnfit(patientOf(paths), isBrain.numpy(), spacingOf(paths))
     x, y = transformVolume(image, label, way.transform, patientOf(paths))
     return x, None if y is None else y.long(), isBrain
 
@@ -298,7 +300,7 @@ def _segment(x, y, isBrain, models, ways, patchStride=None, device=None, mirror=
     if probabilities:
         probability[:, 0] = 1
     if isBrain.any():
-        [box] = ndimage.find_objects(isBrain.numpy().astype(np.uint8))
+        box = boundingBox(isBrain.numpy())
         image, total = x.to(device), 0
         for model, way in zip(models, ways, strict=True):
             total += _predictPlanes(image, isBrain, box, model, way, patchStride, mirror) / len(way.planes)
@@ -325,7 +327,7 @@ def _predictPlanes(x, isBrain, box, model, way, patchStride, mirror):
             order = PLANES[plane]
             (first, *inPlane), view = [box[axis] for axis in order], total.permute(withChannels(order))
             image, mask = x.permute(withChannels(order)), isBrain.permute(order)
-            area, starts, size = planWindows(mask, patchStride, way.patchSize, multiple)
+            area, starts, size = planWindows(mask.numpy(), patchStride, way.patchSize, multiple)
             for slices, values in predictSlices(image[:, :, *area], mask[:, *area], starts, size, predictBatch):
                 values = values if patchStride is None else values[:, :, *inPlane]
                 view[[number - first.start for number in slices]] += values
