@@ -218,8 +218,8 @@ def fileOf(paths, column, needed=()):
 
 def patientOf(paths):
     """Return the patient id of a row of the file list; for a dict, the name of its first file's folder."""
-    name = getattr(paths, 'name', None)
-    return str(name) if name is not None else Path(next(paths[c] for c in COLUMNS if hasFile(paths, c))).parent.name
+    name, file = getattr(paths, 'name', None), next((paths[c] for c in COLUMNS if hasFile(paths, c)), 'patient/file')
+    return str(name) if name is not None else Path(file).parent.name
 
 
 def readCase(paths, modalities=None):

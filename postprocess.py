@@ -1,13 +1,11 @@
 """Write predictions as NIfTI files with their scores; and re-export what scores folders and removes components."""
 
-import gzip
 import json
 import platform
 import warnings
 import zlib
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import segmentation_models_pytorch as smp
@@ -22,6 +20,7 @@ from engine import predictAll
 from fingerprint import fingerprint
 from identity import stretchingOf
 from patients import EDITIONS, detectEdition, hasFile, spacingOf
+from saving import saveLabelNames, saveProbabilities, saveSegmentation
 from scoring import noScores, readPrediction, readSettings, scoreFolder
 from trained import followAll, membersFor, membersOf, trainedAmong
 
@@ -40,74 +39,6 @@ __all__ = [
 ]
 
 
-def saveSegmentation(yhat, paths, file):
-    """Write a segmentation as the challenge accepts it: on the grid of the patient's images, in the edition's labels.
-
-    Args:
-        yhat: integer (D, W, H), classes 0 to 3, as `engine.predict` returns it (tensor or array).
-        paths: the patient's row of the file list. Shape, axis order, sform and qform with their codes are those of the
-            first of `config.MODALITIES`, never those of the seg.
-        file: path to write, `.nii.gz` or `.nii`; uint8 without scaling.
-
-    Raises:
-        ValueError: `yhat` has another shape than the images or other classes, or `file` another ending.
-    """
-    classes = np.asarray(yhat)
-    labels = EDITIONS[detectEdition(paths)].labels()
-    if not np.isin(classes, np.arange(len(labels))).all():
-        raise ValueError(
-            f'{file}: yhat has the classes {np.unique(classes)[:9]}; 0 to {len(labels) - 1} were expected.'
-        )
-    _saveOnGrid(labels[classes], paths, file)
-
-
-def saveProbabilities(probability, paths, file):
-    """Write the classes' probabilities, and their entropy, on the grid of the patient's images.
-
-    Args:
-        probability: float (D, NO_CLASSES, W, H), as `engine.predict(..., probabilities = True)` returns it.
-        paths: the patient's row of the file list.
-        file: path of the probabilities, `.nii.gz` or `.nii`: float32 (W, H, D, NO_CLASSES). The entropy is written to
-            `<name>_entropy.nii.gz` in the same folder: float32 (W, H, D), 0 if one class has probability 1, 1 if all
-            classes are equally probable.
-
-    Raises:
-        ValueError: another shape than the images', or another file ending.
-    """
-    values = np.asarray(probability, dtype=np.float32)
-    _saveOnGrid(values.transpose(0, 2, 3, 1), paths, file)  # (D, K, W, H) -> (D, W, H, K)
-    entropy = -(values * np.log(np.maximum(values, np.finfo(np.float32).tiny))).sum(1) / np.log(values.shape[1])
-    stem = str(file).removesuffix('.gz').removesuffix('.nii')
-    _saveOnGrid(entropy.clip(0, 1).astype(np.float32), paths, f'{stem}_entropy.nii.gz')
-
-
-def _saveOnGrid(values, paths, file):
-    """Write values (D, W, H) or (D, W, H, K) in the axis order, grid and codes of a patient's images."""
-    if not str(file).endswith(('.nii', '.nii.gz')):
-        raise ValueError(f'{file}: a file name that ends in .nii or .nii.gz was expected.')
-    source = nib.load(paths[config.MODALITIES[0]])
-    toSource = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], nib.io_orientation(source.affine))
-    stored = nib.apply_orientation(np.moveaxis(values, 0, 2), toSource)  # (D, W, H) -> (W, H, D) -> the file's order
-    if stored.shape[:3] != source.shape[:3]:
-        raise ValueError(f'{file}: the volume has the shape {stored.shape[:3]}, the images have {source.shape[:3]}.')
-    header = nib.Nifti1Header()
-    header.set_data_dtype(values.dtype)
-    header.set_data_shape(stored.shape)
-    header['pixdim'][:4] = source.header['pixdim'][:4]
-    for field in _GRID_FIELDS:
-        header[field] = source.header[field]
-    content = nib.Nifti1Image(np.ascontiguousarray(stored), None, header).to_bytes()
-    with writeAtomically(file) as part:
-        # mtime = 0: the same volume is written as the same bytes
-        part.write_bytes(gzip.compress(content, 6, mtime=0) if str(file).endswith('.gz') else content)
-
-
-_GRID_FIELDS = (
-    'qform_code', 'sform_code', 'xyzt_units', 'quatern_b', 'quatern_c', 'quatern_d',
-    'qoffset_x', 'qoffset_y', 'qoffset_z', 'srow_x', 'srow_y', 'srow_z',
-)  # fmt: skip
-
-
 def predictFolder(df, model, folder, transform=None, rules=None, probabilities=False, part=None, **options):
     """Predict the patients of a file list into a folder, for upload and for tables.
 
@@ -119,7 +50,7 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
     Args:
         df: file list.
         model, transform: as in `engine.predict`.
-        folder: gets `upload/<patient>.nii.gz` on each patient's grid in its edition's labels, `scores.csv`,
+        folder: gets `upload/<patient>.nii.gz` on its grid in its edition's labels, their names, `scores.csv`,
             `settings.json` and, with probabilities, `maps/<patient>.nii.gz` and `maps/<patient>_entropy.nii.gz`.
         rules: against small components, from `tunePostprocessing` on validation patients; None: none.
         probabilities: write the probabilities and their entropy too.
@@ -159,7 +90,7 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         paths = df.loc[patient]
         spacing = spacingOf(paths)
         yhat = applyRules(yhat, rules, spacing, kind)
-        saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz')
+        _saveWithNames(yhat, paths, folder, patient)
         if probabilities:
             saveProbabilities(*probability, paths, folder / 'maps' / f'{patient}.nii.gz')
         if y is not None and str(patient) not in trained:
@@ -168,6 +99,13 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
     order = {str(patient): row for row, patient in enumerate(df.index)}
     table = table[table['patient'].isin(order)]
     return table.sort_values('patient', key=lambda ids: ids.map(order), kind='stable', ignore_index=True)
+
+
+def _saveWithNames(yhat, paths, folder, patient):
+    """Write the segmentation of a patient into a folder, with the names and colors of its edition's labels."""
+    saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz')
+    edition = detectEdition(paths)
+    saveLabelNames(EDITIONS[edition].labels(), folder / edition)
 
 
 def _isFinished(paths, file):
