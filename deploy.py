@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import safetensors.torch
+import segmentation_models_pytorch as smp
 import torch
 
 import config
@@ -20,7 +21,7 @@ from checkpoints import readCheckpoint
 from components import Tuning
 from folders import FORMAT, hashFile, readAbout, writeAbout
 from identity import SEEN, differences
-from predictor import Network, _runSession, prepare, segment
+from predictor import Network, prepare, runSession, segment
 from recipe import buildModel
 from trained import asEarlier
 
@@ -184,6 +185,10 @@ def loadModel(folder):
 
 
 def _buildMember(folder, about, member, device):
+    """Return the model of a member in evaluation mode; only a model class of smp is ever called."""
+    kind = getattr(smp, member['settings']['model'], None)
+    if not (isinstance(kind, type) and issubclass(kind, smp.base.SegmentationModel)):
+        raise ValueError(f'{folder} has a {member["settings"]["model"]}; a model class of smp was expected.')
     model = buildModel(member['settings']['model'], member['settings'], len(about['modalities']))
     model.load_state_dict(safetensors.torch.load_file(Path(folder, member['folder'], 'model.safetensors')))
     return model.to(device).eval()
@@ -227,7 +232,7 @@ def exportOnnx(folder, patients=None):
             with writeAtomically(file) as part:
                 _export(model, len(about['modalities']), member['multiple'], part)
                 session = onnxruntime.InferenceSession(part.read_bytes(), providers=['CPUExecutionProvider'])
-                runs = partial(_runTorch, model), partial(_runSession, session)
+                runs = partial(_runTorch, model), partial(runSession, session)
                 pair = [Network({**about, 'members': [member]}, [run]) for run in runs]
                 largest = max(largest, *(_compare(case, pair, file) for case in cases))
             files[f'{member["folder"]}/model.onnx'] = hashFile(file)

@@ -4,6 +4,7 @@ import json
 import platform
 import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,8 @@ def _saveWithNames(yhat, paths, folder, patient):
     """Write the segmentation of a patient into a folder, with the names and colors of its edition's labels."""
     saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz')
     edition = detectEdition(paths)
-    saveLabelNames(EDITIONS[edition].labels(), folder / edition)
+    with suppress(BlockingIOError):  # the process of another part is writing the same
+        saveLabelNames(EDITIONS[edition].labels(), folder / edition)
 
 
 def _isFinished(paths, file):

@@ -64,10 +64,11 @@ def loadFolder(folder, threads=None):
         onnxruntime.InferenceSession(Path(folder, member['folder'], 'model.onnx'), options, ['CPUExecutionProvider'])
         for member in about['members']
     ]
-    return Network(about, [partial(_runSession, session) for session in sessions])
+    return Network(about, [partial(runSession, session) for session in sessions])
 
 
-def _runSession(session, patches):
+def runSession(session, patches):
+    """Return the logits (B, K, H, W) of patches float32 (B, C, H, W) by an onnxruntime.InferenceSession."""
     return session.run(None, {'image': patches})[0]
 
 

@@ -95,7 +95,7 @@ def saveLabelNames(labels, stem, names=None, colors=None):
     names, colors = names or config.CLASS_NAMES, colors or config.CLASS_COLORS
     rows = [
         (int(label), name, *bytes.fromhex(color.removeprefix('#')), int(label != 0))
-        for label, name, color in zip(labels, names, colors, strict=True)
+        for label, name, color in zip(labels, names, colors, strict=False)  # an edition may lack the last classes
     ]
     snap = [f'{label} {r} {g} {b} {seen} {seen} {seen} "{name}"' for label, name, r, g, b, seen in rows]
     slicer = [f'{label} {name.replace(" ", "_")} {r} {g} {b} {255 * seen}' for label, name, r, g, b, seen in rows]
@@ -103,5 +103,7 @@ def saveLabelNames(labels, stem, names=None, colors=None):
         ('_itksnap.txt', '# ITK-SNAP label description: label, red, green, blue, opacity, visible, in 3-D, name', snap),
         ('_slicer.ctbl', '# 3D Slicer color table: label, name, red, green, blue, opacity', slicer),
     ):
-        with writeAtomically(Path(f'{stem}{ending}')) as part:
-            part.write_text('\n'.join([head, *lines]) + '\n')
+        file, text = Path(f'{stem}{ending}'), '\n'.join([head, *lines]) + '\n'
+        if not file.is_file() or file.read_text() != text:
+            with writeAtomically(file) as part:
+                part.write_text(text)

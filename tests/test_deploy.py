@@ -16,6 +16,7 @@ import components
 import config
 import deploy
 import engine
+import folders
 import metrics
 import patients
 import phantom
@@ -116,6 +117,11 @@ def test_loadModel_refusesAFolderThatWasChanged(tmp_path):
                 deploy.loadModel(tmp_path / 'folder')
         file.write_bytes(content)
     deploy.loadModel(tmp_path / 'folder')
+    about = folders.readAbout(tmp_path / 'folder', ())
+    about['members'][0]['settings']['model'] = 'from_pretrained'
+    folders.writeAbout(tmp_path / 'folder', about)
+    with pytest.raises(ValueError, match='model class'):
+        deploy.loadModel(tmp_path / 'folder')
 
 
 def test_packModel_appearsWholeAndIsNotReplaced(tmp_path, monkeypatch, capsys):
