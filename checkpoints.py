@@ -156,9 +156,9 @@ def _checkIsNext(epoch, model=None):
     if not Path(config.LAST_CHECKPOINT).exists():
         return []
     try:
-        checkpoint = _readCheckpoint(config.LAST_CHECKPOINT, mmap=True)  # the weights stay on the disk
+        checkpoint = readCheckpoint(config.LAST_CHECKPOINT, mmap=True)  # the weights stay on the disk
     except ValueError:  # damaged, or on a disk without memory mapping
-        checkpoint = _readCheckpoint(config.LAST_CHECKPOINT)
+        checkpoint = readCheckpoint(config.LAST_CHECKPOINT)
     # a script may save every few epochs, but never one that the file has
     if checkpoint['nextEpoch'] > epoch or (model is None and checkpoint['nextEpoch'] != epoch):
         raise ValueError(
@@ -186,7 +186,7 @@ def loadModel(path):
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'The checkpoint {path} does not exist.')
-    checkpoint = _readCheckpoint(path)
+    checkpoint = readCheckpoint(path)
     settings = checkpoint['settings']
     if checkpoint['identity'] is None:  # prediction then follows config
         names = ('MODALITIES', 'NO_CLASSES', 'CLASS_NAMES')
@@ -227,7 +227,7 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
     if not Path(path).is_file():
         _tellFreshStart(path, optimizer)
         return model, optimizer, scheduler, scaler, 0, float('inf'), float('inf'), float('inf')
-    checkpoint = _readCheckpoint(path)
+    checkpoint = readCheckpoint(path)
     _checkSettings(path, checkpoint['settings'], _settings(model))
     weights = checkpoint['model'] if optimizer is not None else _bestWeights(checkpoint)
     _checkWeights(path, weights, bare(model).state_dict())
@@ -377,7 +377,7 @@ def _checkWeights(path, found, expected):
             )
 
 
-def _readCheckpoint(path, **options):
+def readCheckpoint(path, **options):
     """Return the content of a checkpoint file in today's format; raise a ValueError if it cannot be read."""
     try:
         checkpoint = torch.load(str(path), map_location='cpu', weights_only=True, **options)

@@ -253,10 +253,15 @@ def countWithCavity():
     return config.NO_CLASSES if config.NO_CLASSES == _TUMOR_OR_NOT else max(config.NO_CLASSES, CAVITY + 1)
 
 
-def labelsOf(name):
-    """Return the label that each class is written as, class -> label.
+def labelsOf(name, numClasses=None):
+    """Return the label that each class is written as, class -> label, in the order of the classes.
 
     The resection cavity is written as background where an edition has no label for it.
+
+    Args:
+        name, numClasses: as in `classesOf`.
     """
-    labels = {number: label for label, number in reversed(classesOf(name).items())}
-    return labels | ({CAVITY: 0} if config.NO_CLASSES > CAVITY and CAVITY not in labels else {})
+    numClasses = numClasses or config.NO_CLASSES
+    labels = {number: label for label, number in reversed(classesOf(name, numClasses).items())}
+    labels |= {CAVITY: 0} if numClasses > CAVITY and CAVITY not in labels else {}
+    return dict(sorted(labels.items()))

@@ -7,20 +7,19 @@ from contextlib import contextmanager
 from functools import partial
 from types import NoneType
 
-import numpy as np
 import torch
-from scipy import ndimage
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 import config
 from parallel import leaveOut
-from patients import maskFunction, patientOf, readCase
+from patients import maskFunction, patientOf, readCase, spacingOf
 from ranks import sumOverRanks
 from recipe import autocast, availableWeights, makeAverage, makeCriterion, makeModel, makeScheduler, precision
 from trained import bare, followAll, identityOf, membersFor, membersOf, noteTraining, noteValidation, warnOfTrained
-from transforms import PLANES, transformVolume, withChannels
-from windows import planWindows, predictPatches, predictSlices
+from transforms import transformVolume
+from volumes import PLANES, boundingBox, planWindows, warnOfUnfit, withChannels
+from windows import predictPatches, predictSlices
 
 __all__ = [
     'availableWeights',
@@ -235,7 +234,7 @@ def predict(
         mirror: average the probabilities of the four flips of each slice; takes four times as long.
         probabilities: return them too: a softmax, or for a model trained with the focal loss, which treats each class
             by itself, the sigmoids divided by their sum.
-        planes: the planes whose slices are predicted, some of `transforms.PLANES`; their probabilities are averaged.
+        planes: the planes whose slices are predicted, some of `volumes.PLANES`; their probabilities are averaged.
             Default: those of the training.
         measure: function such as `quality.measureMember`, called for each member with the list of the probabilities
             that its planes give, float (d, NO_CLASSES, w, h) each, on the device, in the brain's bounding box.
@@ -246,6 +245,8 @@ def predict(
         yhat: int64 (D, W, H), classes 0 to 3; voxels that no window covers are 0.
         probability: float32 (D, NO_CLASSES, W, H), only with `probabilities = True`.
         measured: only with `measure`: list of what it returned for each member; empty for a patient without brain.
+
+    A warning names a patient whose voxels do not measure 1 mm, or whose skull was not stripped.
 
     Raises:
         ValueError, FileNotFoundError: bad data, as in `patients.readCase`; the transform changes the shape, or is not
@@ -299,6 +300,7 @@ def _prepare(paths, way):
     """Return x (D, C, W, H), y (D, W, H) or None, and the brain mask, bool (D, W, H), of one patient."""
     image, label = readCase(paths, way.modalities)
     isBrain = torch.from_numpy(maskFunction(image).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
+    warnOfUnfit(patientOf(paths), isBrain.numpy(), spacingOf(paths))
     x, y = transformVolume(image, label, way.transform, patientOf(paths))
     return x, None if y is None else y.long(), isBrain
 
@@ -314,7 +316,7 @@ def _segment(
     if probabilities:
         probability[:, 0] = 1
     if isBrain.any():
-        [box] = ndimage.find_objects(isBrain.numpy().astype(np.uint8))
+        box = boundingBox(isBrain.numpy())
         image, total = x.to(device), 0
         for model, way in zip(models, ways, strict=True):
             parts = None if measure is None else []
@@ -347,7 +349,7 @@ def _predictPlanes(x, isBrain, box, model, way, patchStride, mirror, parts=None)
             own = total if parts is None else torch.zeros_like(total)
             (first, *inPlane), view = [box[axis] for axis in order], own.permute(withChannels(order))
             image, mask = x.permute(withChannels(order)), isBrain.permute(order)
-            area, starts, size = planWindows(mask, patchStride, way.patchSize, multiple)
+            area, starts, size = planWindows(mask.numpy(), patchStride, way.patchSize, multiple)
             for slices, values in predictSlices(image[:, :, *area], mask[:, *area], starts, size, predictBatch):
                 values = values if patchStride is None else values[:, :, *inPlane]
                 view[[number - first.start for number in slices]] += values

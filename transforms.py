@@ -5,17 +5,8 @@ import torch
 import torchio as tio
 
 import config
-from patients import alongMemory, maskFunction
-
-# Order of the axes (D, W, H) of a volume that puts those of each plane's slices last. What remains of (W, H, D) when
-# the plane's own axis is taken out keeps its order.
-PLANES = {'axial': (0, 1, 2), 'coronal': (2, 1, 0), 'sagittal': (1, 2, 0)}
-
-
-def withChannels(order):
-    """Return an order of the axes (D, W, H) for (D, C, W, H), with the channels kept second."""
-    first, *others = (axis + (axis > 0) for axis in order)
-    return first, 1, *others
+from patients import maskFunction
+from volumes import alongMemory, findLimits, stretch
 
 
 class StretchHistogram(tio.RescaleIntensity):
@@ -35,25 +26,11 @@ class StretchHistogram(tio.RescaleIntensity):
         """Return the two intensities that become the ends of the range, from the intensities (N,) inside the mask."""
         if self.in_min_max is not None:
             return self.in_min_max
-        return np.percentile(values, self.percentiles).tolist() if values.size else (0.0, 0.0)
+        return findLimits(values, self.percentiles)
 
     def stretch(self, values, mask, low, high):
-        """Return float32 intensities: `low` and less at the range's lower end, `high` and more at the upper end.
-
-        Args:
-            values: array of intensities.
-            mask: bool of the same shape; False becomes the lower end.
-            low, high: as `findLimits` returns them.
-        """
-        stretched = np.full(values.shape, self.out_min, np.float32)
-        if high > low:
-            inside = values[mask].astype(np.float32)
-            np.clip(inside, low, high, out=inside)
-            inside -= low
-            inside *= (self.out_max - self.out_min) / (high - low)
-            inside += self.out_min
-            stretched[mask] = np.clip(inside, self.out_min, self.out_max)  # rounding may exceed the ends
-        return stretched
+        """Return `volumes.stretch` of the same arguments to the range."""
+        return stretch(values, mask, low, high, (self.out_min, self.out_max))
 
 
 class RandomContrast(tio.IntensityTransform):
@@ -198,23 +175,3 @@ def transformVolume(image, label, transform, patient):
     if x.permute(1, 2, 3, 0).shape != image.shape:
         raise ValueError(f'{patient}: the transform changed the shape {image.shape[1:]} to {tuple(x.shape)}.')
     return x, y
-
-
-def windowStarts(length, size, stride):
-    """Return the starts of windows that cover an axis: 0, stride, ..., and the last one flush with the end.
-
-    Args:
-        length: pixels of the axis.
-        size: pixels of a window; an axis shorter than that gets one window, at 0.
-        stride: pixels from one window to the next, 1 to `size`.
-
-    Returns:
-        int (N,), sorted; every pixel is in at least one window.
-
-    Raises:
-        ValueError: a stride that would leave pixels out.
-    """
-    if not 0 < stride <= size:
-        raise ValueError(f'The patch stride is {stride}; 1 to {size} (PATCH_SIZE) covers every pixel.')
-    last = max(length - size, 0)
-    return np.unique([*range(0, last, int(stride)), last])

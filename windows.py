@@ -1,31 +1,11 @@
 """Predict the slices of a volume in windows, and average probabilities where windows overlap."""
 
-import math
-
-import numpy as np
 import torch
-from scipy import ndimage
 from torch.nn.functional import normalize
 
 import config
 from recipe import autocast
-from transforms import windowStarts
-
-
-def planWindows(isBrain, patchStride, patchSize, multiple):
-    """Return the part of each slice to predict (two slice objects), the windows' starts in it, and their size.
-
-    Args:
-        isBrain: bool (D, H, W).
-        patchStride: pixels between windows of `patchSize`; None: one window over the brain's bounding box.
-        multiple: what the sides of the one window are a multiple of: the encoder halves its input several times.
-    """
-    if patchStride is not None:
-        rows, columns = (windowStarts(length, patchSize, patchStride) for length in isBrain.shape[1:])
-        starts = [(int(row), int(column)) for row in rows for column in columns]
-        return (slice(None), slice(None)), starts, (patchSize, patchSize)
-    [box] = ndimage.find_objects(isBrain.any(0).numpy().astype(np.uint8))
-    return box, [(0, 0)], tuple(math.ceil((part.stop - part.start) / multiple) * multiple for part in box)
+from volumes import groupWindows
 
 
 def predictSlices(x, isBrain, starts, size, predictBatch):
@@ -42,16 +22,8 @@ def predictSlices(x, isBrain, starts, size, predictBatch):
     """
     (height, width), lowest = size, x.amin((0, 2, 3))
     batchSize = max(1, config.PREDICT_BATCH * config.PATCH_SIZE**2 // (height * width))
-    group = []
-    for number, mask in enumerate(isBrain):
-        windows = [
-            (number, row, column) for row, column in starts if mask[row : row + height, column : column + width].any()
-        ]
-        if group and windows and len(group) + len(windows) > batchSize:
-            yield _averageWindows(x, group, lowest, size, batchSize, predictBatch)
-            group = []
-        group += windows
-    yield _averageWindows(x, group, lowest, size, batchSize, predictBatch)
+    for group in groupWindows(isBrain.numpy(), starts, size, batchSize):
+        yield _averageWindows(x, group, lowest, size, batchSize, predictBatch)
 
 
 def _averageWindows(x, windows, lowest, size, batchSize, predictBatch):

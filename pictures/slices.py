@@ -33,7 +33,8 @@ from pictures.figure import (
     showSlice,
     unpackPrediction,
 )
-from transforms import PLANES, transformCase
+from transforms import transformCase
+from volumes import PLANES
 
 # Colors of errors, distinct for color-blind readers from each other, from CLASS_COLORS and from dark grey
 ERRORS = {'false negative': '#FFFFFF', 'false positive': '#7FD34E', 'wrong class': '#D9A6FF'}

@@ -14,11 +14,13 @@ import torchio as tio
 
 import batched
 import config
+import deploy
 import engine
 import metrics
 import patients
 import phantom
 import postprocess
+import predictor
 import preprocess
 import report
 import train
@@ -95,6 +97,10 @@ CALLS = {
     preprocess.makeTransforms: '',
     preprocess.volumeTransform: '',
     preprocess.windowStarts: 'length size stride',
+    deploy.packModel: 'checkpoints folder',
+    deploy.loadModel: 'folder',
+    deploy.exportOnnx: 'folder',
+    predictor.predict: 'paths folder',
     batched.Batched: 'transform',
     engine.makeModel: '',
     engine.makeCriterion: '',

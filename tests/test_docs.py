@@ -15,6 +15,7 @@ import engine
 import patients
 import phantom
 import postprocess
+import predictor
 import preprocess
 import report
 import utils
@@ -55,17 +56,38 @@ def test_crossValidation_testsEachPatientOnceInAFolderOfItsFold(home):
 
 
 @pytest.mark.filterwarnings('ignore:The model was trained on')
-def test_readme_runsAsItIsWritten(home, monkeypatch):
-    """After the demo, its blocks predict a patient, and segment, score and draw the patients that are no training."""
-    monkeypatch.setattr(config, 'DEMO', config.DEMO | {'DECODER_CHANNELS': (16, 8, 8)})
-    vars(config).update(config.DEMO)
-    ids = phantom.makeCases(config.DATA_FOLDER, 3, shape=(40, 40, 16))
-    preprocess.makeDataset(utils.makeFileList()[:1], config.TRAIN_FILE)
+def test_deploy_runsAsItIsWritten(home):
+    """A trained model becomes a folder that predicts by onnxruntime what torch predicts."""
+    pytest.importorskip('onnx')
+    pytest.importorskip('onnxruntime')
+    config.DATA_FOLDER = 'patients'
+    phantom.makeCases('patients', 1, shape=(40, 40, 16))
+    trainForOneEpoch(patients.makeFileList())
+    names = {}
+    for block in blocksOf('docs/deploy.md'):
+        exec(block, names)
+    found = predictor.predict(patients.makeFileList().iloc[0], 'glioma')
+    assert (found == names['yhat'].numpy()).mean() > 0.99
+    assert (home / 'predictions' / 'BraTS2020_itksnap.txt').is_file()
+
+
+def trainForOneEpoch(df):
+    """Train a new model on the patients and write its checkpoint."""
+    preprocess.makeDataset(df, config.TRAIN_FILE)
     model, scaler = engine.makeModel(), torch.amp.GradScaler('cuda', enabled=False)
     optimizer = torch.optim.SGD(model.parameters(), config.LEARN_RATE)
     loader = torch.utils.data.DataLoader(utils.BRATSDataset(config.TRAIN_FILE), 8)
     loss = engine.train(model, engine.makeCriterion(), optimizer, scaler, loader)
     utils.makeCheckpoint(0, model, optimizer, None, scaler, loss, loss, 1e9)
+
+
+@pytest.mark.filterwarnings('ignore:The model was trained on')
+def test_readme_runsAsItIsWritten(home, monkeypatch):
+    """After the demo, its blocks predict a patient, and segment, score and draw the patients that are no training."""
+    monkeypatch.setattr(config, 'DEMO', config.DEMO | {'DECODER_CHANNELS': (16, 8, 8)})
+    vars(config).update(config.DEMO)
+    ids = phantom.makeCases(config.DATA_FOLDER, 3, shape=(40, 40, 16))
+    trainForOneEpoch(utils.makeFileList()[:1])
     names = {}
     for block in [*blocksOf('README.md'), *blocksOf('docs/hardware.md')]:
         exec(block, names)

@@ -13,6 +13,7 @@ import patients
 import postprocess
 import transforms
 import utils
+import volumes
 from conftest import COLUMNS, LAYOUTS, drawCases, names, save, touch, volumesOf, writeLayout
 
 
@@ -355,6 +356,6 @@ def test_alongMemory_invertsItself():
     for order in itertools.permutations(range(3)):
         for steps in itertools.product((1, -1), repeat=3):
             view = array[tuple(slice(None, None, step) for step in steps)].transpose(order)
-            turn, turnBack = patients.alongMemory(view)
+            turn, turnBack = volumes.alongMemory(view)
             np.testing.assert_array_equal(turn(view), array)
             np.testing.assert_array_equal(turnBack(turn(view)), view)

@@ -6,6 +6,7 @@ import torchio as tio
 import config
 import preprocess
 import transforms
+import volumes
 
 GENERATOR = np.random.default_rng(0)
 IMAGES = {
@@ -108,8 +109,8 @@ def test_transformCase_roundsFloatLabels():
 )
 def test_windowStarts_areThoseCountedByHand(length, size, stride, starts):
     """0, stride, ..., and the last one flush with the end; preprocess re-exports the function."""
-    assert transforms.windowStarts(length, size, stride).tolist() == starts
-    assert preprocess.windowStarts is transforms.windowStarts
+    assert volumes.windowStarts(length, size, stride).tolist() == starts
+    assert preprocess.windowStarts is volumes.windowStarts
 
 
 def test_windowStarts_coverEveryPixel():
@@ -117,7 +118,7 @@ def test_windowStarts_coverEveryPixel():
     for length in range(1, 40):
         for size in range(1, 12):
             for stride in range(1, size + 1):
-                starts = transforms.windowStarts(length, size, stride)
+                starts = volumes.windowStarts(length, size, stride)
                 covered = {start + offset for start in starts for offset in range(size)}
                 assert covered >= set(range(length)) and max(covered) == max(length, size) - 1
 
@@ -126,7 +127,7 @@ def test_windowStarts_coverEveryPixel():
 def test_windowStarts_refuseAStrideThatLeavesPixelsOut(stride):
     """A stride of 0, below, or beyond the window's size is refused with the strides that are possible."""
     with pytest.raises(ValueError, match=f'stride is {stride}; 1 to 12 .* covers every pixel'):
-        transforms.windowStarts(40, 12, stride)
+        volumes.windowStarts(40, 12, stride)
 
 
 def leaves():

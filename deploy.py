@@ -1,0 +1,300 @@
+"""Pack trained models into a folder that needs no configuration, load it, and export it for onnxruntime."""
+
+import json
+import os
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import segmentation_models_pytorch as smp
+import torch
+
+import config
+from atomic import writeAtomically
+from card import writeCard
+from checkpoints import loadModel as loadCheckpointModel
+from checkpoints import readCheckpoint
+from components import Tuning
+from folders import FORMAT, hashFile, readAbout, writeAbout
+from identity import SEEN, differences
+from predictor import Network, prepare, runSession, segment
+from recipe import buildModel
+from trained import asEarlier
+
+OPSET = 18  # of ONNX
+LARGEST_DIFFERENCE = 1e-4  # of a probability between torch and onnxruntime
+_SHARED = ('modalities', 'classes', 'stretching')  # what members of an ensemble must have in common
+
+
+def packModel(checkpoints, folder, df=None, scores=None, rules=None):
+    """Write the models of checkpoints into a folder that is all one needs to predict with them.
+
+    The folder has `config.json` (modalities, classes, labels, stretching, planes, patch size, rules, checksums of the
+    files, and the ids of the patients that were trained on, so that they are never scored), `README.md` (a model card
+    to complete; it may be edited) and, for each member, a folder with `config.json` and `model.safetensors`, as
+    `smp.from_pretrained` reads them. It appears when it is complete. If it is there with the same content, nothing is
+    written.
+
+    Args:
+        checkpoints: path of a checkpoint such as `config.BEST_CHECKPOINT`, or a list of them, the members of an
+            ensemble.
+        folder: to write.
+        df: file list with the patients of the training, so that the card tells their grades.
+        scores: of patients that were not trained on, as `postprocess.scoreFolder` or `predictFolder` returns them, for
+            the card.
+        rules: against small components, of `postprocess.tunePostprocessing`; `loadRules` returns them.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: not a checkpoint of this package, or one that does not say how the model was trained; members with
+            other modalities, classes or stretching; or the folder holds something else.
+    """
+    paths = list(checkpoints) if isinstance(checkpoints, (list, tuple)) else [checkpoints]
+    if not paths:
+        raise ValueError('The list of checkpoints is empty; at least one was expected.')
+    folder = Path(folder)
+    part = folder.with_name(folder.name + '.part')
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        about, found = _writeMembers(paths, part)
+        about['rules'] = _describeRules(rules)
+        writeCard(part / 'README.md', about, found, df, scores)
+        writeAbout(part, about)
+        if folder.exists() and any(folder.iterdir()):
+            _checkIsSame(folder, about)
+            print(f'{folder} exists with the same models.')
+            return
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _writeMembers(paths, part):
+    """Write the folder of each member; return the content of `config.json`, and the checkpoints without weights."""
+    members, files, found = [], {}, []
+    for number, path in enumerate(paths, start=1):
+        model, checkpoint = loadCheckpointModel(path), readCheckpoint(path)
+        identity = _identityOf(model, path)
+        if members and (differing := differences(members[0]['identity'], identity, {n: SEEN[n] for n in _SHARED})):
+            raise ValueError(f'{path} cannot be packed with {paths[0]}: {"; ".join(differing)}.')
+        settings = {name: checkpoint['settings'][name] for name in _SETTINGS}
+        smpConfig = {
+            '_model_class': settings['model'],
+            'encoder_name': settings['ENCODER_NAME'],
+            'encoder_depth': settings['ENCODER_DEPTH'],
+            'encoder_weights': None,
+            'decoder_channels': settings['DECODER_CHANNELS'],
+            'in_channels': len(identity['modalities']),
+            'classes': settings['NO_CLASSES'],
+        }
+        home = part / str(number)
+        with writeAtomically(home / 'model.safetensors') as file:
+            weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+            file.write_bytes(safetensors.torch.save(weights))
+        with writeAtomically(home / 'config.json') as file:
+            file.write_text(json.dumps(smpConfig, indent=1))
+        files |= {f'{number}/{name}': hashFile(home / name) for name in ('model.safetensors', 'config.json')}
+        members.append(
+            {
+                'folder': str(number),
+                'settings': settings,
+                'planes': identity['planes'],
+                'patchSize': identity['patchSize'],
+                'activation': identity['activation'],
+                'multiple': int(model.encoder.output_stride),
+                'identity': identity,
+            }
+        )
+        numValidated = len(checkpoint['identity']['validated'])
+        found.append({'history': checkpoint['history'], 'recipe': checkpoint['recipe'], 'numValidated': numValidated})
+    first = members[0]['identity']
+    editions = {name: pairs for member in members for name, pairs in member['identity']['editions'].items()}
+    about = {
+        'format': FORMAT,
+        **{name: first[name] for name in _SHARED},
+        'colors': list(config.CLASS_COLORS[: len(first['classes'])]),
+        'labels': {name: _labelsOf(pairs) for name, pairs in sorted(editions.items())},
+        'members': members,
+        'files': files,
+        'onnx': None,
+    }
+    return about, found
+
+
+_SETTINGS = ('model', 'ENCODER_NAME', 'ENCODER_DEPTH', 'DECODER_CHANNELS', 'NO_CLASSES')
+
+
+def _identityOf(model, path):
+    """Return the identity of a model that can be packed; raise a ValueError for another one."""
+    if model.identity is None:
+        raise ValueError(
+            f'{path} does not say how its model was trained: it is of an older version, or its patches were not of '
+            'utils.BRATSDataset. Train an epoch more with this version, and pack that checkpoint.'
+        )
+    if model.identity['stretching'] is None:
+        raise ValueError(f'{path}: the patches were made by a transform of your own, which a folder cannot hold.')
+    return model.identity
+
+
+def _labelsOf(pairs):
+    """Return the label that each class is written as, from (label, class) pairs: the first of a class."""
+    written = {number: label for label, number in reversed(pairs)}
+    return [written[number] for number in sorted(written)]
+
+
+def _describeRules(rules):
+    if rules is None:
+        return None
+    regions = {name: list(config.REGIONS.get(name, ())) for name in ('WT', 'ET')}
+    regions['NCR'] = config.REGIONS.get('NCR', (0,))[0]
+    return {'ml': float(rules.ml), 'N': int(rules.N), 'kind': rules.kind, **regions}
+
+
+def _checkIsSame(folder, about):
+    """Raise a ValueError unless a folder holds the same models, with or without ONNX files."""
+    try:
+        before = readAbout(folder, ('.safetensors', '.json'))
+    except (ValueError, OSError) as error:
+        raise ValueError(f'{folder} is not empty, and no whole model folder: {error} Choose another one.') from error
+    files = {name: value for name, value in before['files'].items() if not name.endswith('.onnx')}
+    if json.loads(json.dumps(about)) != {**before, 'files': files, 'onnx': None}:
+        raise ValueError(f'{folder} holds other models or settings. Choose another folder, or delete it.')
+
+
+def loadModel(folder):
+    """Return the model of a folder, or the list of its members, on `config.DEVICE`, for `engine.predict`.
+
+    It needs no configuration, and nothing in the folder is executed.
+
+    Args:
+        folder: of `packModel`.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, was changed, or was copied in part; it is named.
+    """
+    about = readAbout(folder, ('.safetensors', '.json'))
+    models = []
+    for member in about['members']:
+        model = _buildMember(folder, about, member, config.DEVICE)
+        model.identity = asEarlier(member['identity'])
+        models.append(model)
+    return models if len(models) > 1 else models[0]
+
+
+def _buildMember(folder, about, member, device):
+    """Return the model of a member in evaluation mode; only a model class of smp is ever called."""
+    kind = getattr(smp, member['settings']['model'], None)
+    if not (isinstance(kind, type) and issubclass(kind, smp.base.SegmentationModel)):
+        raise ValueError(f'{folder} has a {member["settings"]["model"]}; a model class of smp was expected.')
+    model = buildModel(member['settings']['model'], member['settings'], len(about['modalities']))
+    model.load_state_dict(safetensors.torch.load_file(Path(folder, member['folder'], 'model.safetensors')))
+    return model.to(device).eval()
+
+
+def loadRules(folder):
+    """Return the rules against small components of a folder, for `postprocess.predictFolder`; None if it has none."""
+    rules = readAbout(folder, ())['rules']
+    return rules and Tuning(N=rules['N'], ml=rules['ml'], kind=rules['kind'])
+
+
+def exportOnnx(folder, patients=None):
+    """Write each member of a model folder as ONNX, for `predictor.predict`, after it was compared with torch.
+
+    Batch, height and width are free; the sides are multiples of `multiple` in `config.json`. The opset is `OPSET`.
+
+    Args:
+        folder: of `packModel`.
+        patients: rows of the file list, or a file list, on which torch in float32 and onnxruntime are compared; None: a
+            random image.
+
+    Returns:
+        float, the largest difference of a probability.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `loadModel`.
+        RuntimeError: a probability differs by more than `LARGEST_DIFFERENCE`, or a class other than in a tie. No ONNX
+            file is left.
+    """
+    import onnxruntime
+
+    about = readAbout(folder, ('.safetensors', '.json'))
+    about['files'] = {name: value for name, value in about['files'].items() if not name.endswith('.onnx')}
+    about['onnx'] = None
+    writeAbout(folder, about)  # until they are compared, there are none
+    cases, largest, files = list(_casesOf(patients, about)), 0.0, {}
+    try:
+        for member in about['members']:
+            file = Path(folder, member['folder'], 'model.onnx')
+            model = _buildMember(folder, about, member, 'cpu')
+            with writeAtomically(file) as part:
+                _export(model, len(about['modalities']), member['multiple'], part)
+                session = onnxruntime.InferenceSession(part.read_bytes(), providers=['CPUExecutionProvider'])
+                runs = partial(_runTorch, model), partial(runSession, session)
+                pair = [Network({**about, 'members': [member]}, [run]) for run in runs]
+                largest = max(largest, *(_compare(case, pair, file) for case in cases))
+            files[f'{member["folder"]}/model.onnx'] = hashFile(file)
+    except BaseException:
+        for member in about['members']:
+            Path(folder, member['folder'], 'model.onnx').unlink(missing_ok=True)
+        raise
+    about['files'] |= files
+    about['onnx'] = {'opset': OPSET, 'largestDifference': largest, 'torch': torch.__version__}
+    writeAbout(folder, about)
+    return largest
+
+
+def _export(model, numChannels, multiple, file):
+    """Write a model as ONNX with free batch, height and width."""
+    free = {0: 'batch', 2: 'height', 3: 'width'}
+    example = torch.zeros(2, numChannels, 2 * multiple, 3 * multiple)
+    with warnings.catch_warnings(action='ignore'):
+        torch.onnx.export(
+            model,
+            (example,),
+            str(file),
+            input_names=['image'],
+            output_names=['logits'],
+            opset_version=OPSET,
+            dynamic_axes={'image': free, 'logits': free},
+            dynamo=False,
+        )
+
+
+def _runTorch(model, patches):
+    with torch.inference_mode():
+        return model(torch.from_numpy(patches)).numpy()
+
+
+def _casesOf(patients, about):
+    """Yield the image (D, C, W, H) and brain mask of each patient, or of one random image of blobs."""
+    if isinstance(patients, pd.DataFrame):
+        patients = [paths for _, paths in patients.iterrows()]
+    elif patients is not None and not isinstance(patients, (list, tuple)):
+        patients = [patients]
+    for paths in patients or ():
+        yield prepare(paths, about)
+    if not patients:
+        shape, low = (9, len(about['modalities']), 80, 70), about['stretching'][1][0]
+        values = torch.randn(shape[0], shape[1], 8, 7, generator=torch.Generator().manual_seed(0))
+        x = torch.nn.functional.interpolate(values, shape[2:], mode='bilinear').clamp(*about['stretching'][1]).numpy()
+        isBrain = np.zeros((shape[0], *shape[2:]), bool)
+        isBrain[1:, 6:70, 3:61] = True
+        yield np.where(isBrain[:, None], x, np.float32(low)), isBrain
+
+
+def _compare(case, networks, file):
+    """Return the largest difference of a probability of two networks; raise a RuntimeError if it matters."""
+    (yhat, probability), (other, values) = (segment(*case, network) for network in networks)
+    difference = float(np.abs(probability - values).max())
+    first, second = np.sort(probability, axis=1)[:, -1], np.sort(probability, axis=1)[:, -2]
+    isOther = (yhat != other) & (first - second > 2 * LARGEST_DIFFERENCE)
+    if not difference <= LARGEST_DIFFERENCE or isOther.any():
+        raise RuntimeError(
+            f'{file} is not written: onnxruntime differs from torch by up to {difference:.2g} in a probability and in '
+            f'{np.count_nonzero(isOther)} voxels.'
+        )
+    return difference

