@@ -6,6 +6,7 @@ Each worker has one thread of torch. Workers are started before the time is take
 """
 
 import contextlib
+import functools
 import multiprocessing
 import shutil
 import sys
@@ -54,7 +55,7 @@ def main(numPatients=8):
             benchPatients('predicting', df, lambda: postprocess.predictFolder(df, model, folder / 'out'), folder),
         ]
         postprocess.predictFolder(df, model, folder / 'done')
-        score = lambda: postprocess.scoreFolder(df, folder / 'done' / 'upload')  # noqa: E731
+        score = functools.partial(postprocess.scoreFolder, df, folder / 'done' / 'upload')
         tables.append(benchPatients('scoring', df, score, folder))
     tables.append(benchRanks())
     for table in tables:
