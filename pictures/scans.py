@@ -5,7 +5,6 @@ from matplotlib.ticker import MaxNLocator
 
 import config
 from pictures.figure import newFigure, requireColumns
-from pictures.sprites import CAVITY_COLOR
 
 _MARKERS = 'os^Dv<>'
 
@@ -33,7 +32,8 @@ def plotScans(table):
         members = config.REGIONS.get(region, ())
         color = config.CLASS_COLORS[members[0]] if len(members) == 1 else '#444444' if place == 0 else '#8C8C8C'
         isCavity = region == 'RC'
-        style = {'color': CAVITY_COLOR if isCavity else color, 'linestyle': '--' if isCavity else '-'}
+        color = config.CAVITY_CLASS[1] if isCavity and not members else color
+        style = {'color': color, 'linestyle': '--' if isCavity else '-'}
         style |= {'marker': _MARKERS[place % len(_MARKERS)], 'markeredgecolor': '#555555', 'markersize': 6}
         panel.plot(table['scan'], table[region], label=region, **style)
     panel.set_xticks(table['scan'], [str(patient) for patient in table['patient']], fontsize=8)
