@@ -64,6 +64,7 @@ def writeReport(folder, dataframe=None, file=None):
     scores = {patient: own for patient, own in scores.items() if own is not None}
     table = metrics.scoreTable(scores) if scores else None
     regions = list(dict.fromkeys(region for case in cases for region in case['volumes']))
+    shown = [region for region in regions if region in MAIN_REGIONS or region == 'RC']
     for case in cases:
         if case['volumes']:  # of a region that only others have, the cavity, there are 0 ml
             case['volumes'] = {region: case['volumes'].get(region, 0.0) for region in regions}
@@ -73,8 +74,8 @@ def writeReport(folder, dataframe=None, file=None):
         'date': datetime.datetime.now().strftime('%Y-%m-%d %H:%M'),
         'cases': cases,
         'numOthers': numOthers,
-        'regions': [region for region in regions if region in MAIN_REGIONS or region == 'RC'],
-        'scored': [region for region in regions if region in config.REGIONS],  # the cavity may be no class
+        'regions': shown,
+        'scored': [region for region in shown if region in config.REGIONS],  # the cavity may be no class
         'hasTruth': bool(scores),
         'hasQuality': any(case['quality'] for case in cases),
         'summary': _summarize(table),
