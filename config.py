@@ -153,12 +153,13 @@ def _findDevice():
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
+CAVITY_CLASS = ('resection cavity', '#B8A0F0')  # name and color of class 4, where it is shown
 _CLASSES = (  # name and color, distinct for color-blind readers and from grey
     ('background', '#000000'),
     ('necrotic core', '#2F6BFF'),
     ('edema', '#F0E442'),
     ('enhancing tumor', '#E0301E'),
-    ('resection cavity', '#00006E'),
+    CAVITY_CLASS,
 )
 
 

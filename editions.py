@@ -69,6 +69,10 @@ class Edition:
         suffix = match['suffix'].lower()
         return match['patient'], suffixes[suffix], suffix in self.automatic
 
+    def isNameOf(self, patient):
+        """Return whether an id is named as in this edition, or claimed by it."""
+        return re.fullmatch(self.claims or self.patient, str(patient), re.IGNORECASE) is not None
+
 
 _CLASSIC = {name: (name,) for name in COLUMNS}
 _NEWER = {'t1n': ('t1',), 't1c': ('t1ce',), 't2w': ('t2',), 't2f': ('flair',), 'seg': ('seg',)}
@@ -181,6 +185,24 @@ def detect(path):
     return None
 
 
+def detectPatient(patient):
+    """Return the name of the edition that a patient's id alone says, for segmentations without images.
+
+    `config.EDITION` decides for the ids that it claims, and for ids of no known edition.
+
+    Raises:
+        ValueError: neither the id nor `config.EDITION` says it.
+    """
+    found, declared = known(), config.EDITION
+    if declared in found and found[declared].isNameOf(patient):
+        return declared
+    names = (name for name, edition in found.items() if re.fullmatch(edition.patient, str(patient), re.IGNORECASE))
+    name = next(names, declared)
+    if name not in found:
+        raise ValueError(f'{patient}: {undetected()}')
+    return name
+
+
 def isAutomatic(path):
     """Return whether a segmentation's name says that nobody has corrected it by hand."""
     return any(parsed and parsed[2] for parsed in (edition.parse(path) for edition in known().values()))
@@ -213,8 +235,8 @@ def withoutTime(patient):
     An id of an edition without time points is returned as it is.
     """
     for edition in known().values():
-        if edition.time and re.fullmatch(edition.claims or edition.patient, str(patient)):
-            return re.sub(f'(?:{edition.time})$', '', str(patient))
+        if edition.time and edition.isNameOf(patient):
+            return re.sub(f'(?:{edition.time})$', '', str(patient), flags=re.IGNORECASE)
     return str(patient)
 
 
@@ -249,8 +271,8 @@ def classesOf(name, numClasses=None):
 
 
 def countWithCavity():
-    """Return the number of classes with the resection cavity as one of them; tumor or not stay two."""
-    return config.NO_CLASSES if config.NO_CLASSES == _TUMOR_OR_NOT else max(config.NO_CLASSES, CAVITY + 1)
+    """Return the number of classes with the resection cavity as one of them; fewer than four stay as they are."""
+    return config.NO_CLASSES if config.NO_CLASSES < CAVITY else max(config.NO_CLASSES, CAVITY + 1)
 
 
 def labelsOf(name, numClasses=None):

@@ -1,5 +1,7 @@
 """Compare the scans of one subject over time."""
 
+import re
+
 import pandas as pd
 
 from editions import withoutTime
@@ -20,10 +22,16 @@ def compareScans(volumes):
         `<column>Change`: ml more than in the scan before, NaN for the first one. Empty if no subject has two scans.
     """
     columns = list(volumes)
-    table = volumes.rename_axis('patient').sort_index().reset_index()
+    order = sorted(range(len(volumes)), key=lambda place: _numbersOf(volumes.index[place]))
+    table = volumes.iloc[order].rename_axis('patient').reset_index()
     table.insert(0, 'subject', [withoutTime(patient) for patient in table['patient']])
     table = table[table['subject'].duplicated(keep=False)].reset_index(drop=True)
     scans = table.groupby('subject', sort=False)
     table.insert(2, 'scan', scans.cumcount() + 1)
     changes = scans[columns].diff().rename(columns=lambda column: f'{column}Change')
     return pd.concat([table, changes], axis=1)
+
+
+def _numbersOf(patient):
+    """Return a patient id as a list of texts and numbers, so that scan 10 is later than scan 2."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', str(patient))]

@@ -146,7 +146,8 @@ def fitQuality(disagreement, scores):
 
     Returns:
         dict of plain values, see `writeFit`: `level`, `planes`, and for each region `measures`, `intercept`, `slopes`,
-        `reach`, `patients`. A region with fewer than five patients that have it in their prediction is not fitted.
+        `reach`, `patients`. A region is fitted if at least five patients, of two or more subjects, have it in their
+        prediction.
 
     Raises:
         ValueError: no region can be fitted; a patient is there twice; or predictions were made of different planes.
@@ -158,9 +159,13 @@ def fitQuality(disagreement, scores):
     regions = {region: _fitRegion(part) for region, part in table.groupby('region', sort=False)}
     fitted = {region: fit for region, fit in regions.items() if fit}
     if left := [region for region in regions if region not in fitted]:
-        print(f'Not fitted, because fewer than {_FEWEST} patients have them in their prediction: {", ".join(left)}.')
+        reason = f'fewer than {_FEWEST} patients, or one subject only, have them in their prediction'
+        print(f'Not fitted, because {reason}: {", ".join(left)}.')
     if not fitted:
-        raise ValueError(f'{table["patient"].nunique()} patients: too few to fit any region; {_FEWEST} were expected.')
+        number = table['patient'].nunique()
+        raise ValueError(
+            f'{number} patients: too few to fit any region; {_FEWEST} of at least two subjects were expected.'
+        )
     return {'level': config.QUALITY_LEVEL, 'planes': int(table['planes'].max()), 'regions': fitted}
 
 
@@ -188,11 +193,11 @@ def _join(disagreement, scores):
 def _fitRegion(table):
     """Return the fit of one region, a dict, or None with too few patients."""
     table = table[table['voxels'] > 0]
-    if len(table) < _FEWEST:
+    subjects = table['patient'].map(withoutTime).to_numpy()
+    if len(table) < _FEWEST or len(set(subjects)) < 2:  # one is left out at a time
         return None
     measures = [name for name in MEASURES if table[name].notna().all()]
     x, y = _measuresOf(table, measures), table['dice'].to_numpy(float)
-    subjects = table['patient'].map(withoutTime).to_numpy()
     errors = []
     for subject in np.unique(subjects):
         isOut = subjects == subject

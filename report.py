@@ -20,11 +20,11 @@ from atomic import writeAtomically
 from editions import withoutTime
 from followup import compareScans
 from parallel import forEachPatient
-from patients import COLUMNS, detectEdition, makeFileList
+from patients import COLUMNS, makeFileList
 from pictures.figure import MAIN_REGIONS
 from pictures.slices import ERRORS, REGION_NAMES, SIDES
 from pictures.sprites import VOXEL, classColors, classNames
-from review import WARNINGS, describeCase, namedAfter, readQuality, tabulate
+from review import WARNINGS, describeCase, editionOf, readQuality, tabulate
 from scoring import readSettings
 from subjects import readGrades
 
@@ -40,8 +40,8 @@ def writeReport(folder, dataframe=None, file=None):
 
     Args:
         folder: holds `<patient>.nii.gz` or `.nii` in the labels of the patient's edition, or has them in `upload`, as
-            `postprocess.predictFolder` writes them. `settings.json` and `quality.csv` (patient, region, predictedDice,
-            low, high, flag) are shown if they are there.
+            `postprocess.predictFolder` writes them. `settings.json` and `quality.csv` (see `quality.writeQuality`)
+            are shown if they are there.
         dataframe: file list with the images and true segmentations; all its patients are expected in the folder, and
             those without a segmentation are named. None: the patients below `config.DATA_FOLDER`, if it is set; of
             these, others than the folder's are not shown.
@@ -64,6 +64,7 @@ def writeReport(folder, dataframe=None, file=None):
     scores = {patient: own for patient, own in scores.items() if own is not None}
     table = metrics.scoreTable(scores) if scores else None
     regions = list(dict.fromkeys(region for case in cases for region in case['volumes']))
+    shown = [region for region in regions if region in MAIN_REGIONS or region == 'RC']
     for case in cases:
         if case['volumes']:  # of a region that only others have, the cavity, there are 0 ml
             case['volumes'] = {region: case['volumes'].get(region, 0.0) for region in regions}
@@ -73,7 +74,8 @@ def writeReport(folder, dataframe=None, file=None):
         'date': datetime.datetime.now().strftime('%Y-%m-%d %H:%M'),
         'cases': cases,
         'numOthers': numOthers,
-        'regions': [region for region in regions if region in MAIN_REGIONS or region == 'RC'],
+        'regions': shown,
+        'scored': [region for region in shown if region in config.REGIONS],  # the cavity may be no class
         'hasTruth': bool(scores),
         'hasQuality': any(case['quality'] for case in cases),
         'summary': _summarize(table),
@@ -122,7 +124,8 @@ def _listCases(folder, dataframe):
 def _urgencyOf(case):
     """Return the key of the page's first order: what cannot be read, then low predicted Dice, then names."""
     predicted = [values[0] for values in case['quality'].values() if values[0] is not None]
-    return not {'cannot be read', 'no segmentation'} & set(case['kinds']), min(predicted, default=2), case['patient']
+    lowest = min(predicted, default=0 if case['quality'] else 2)  # no voxel of any region: look at it first
+    return not {'cannot be read', 'no segmentation'} & set(case['kinds']), lowest, case['patient']
 
 
 def _summarize(table):
@@ -145,9 +148,7 @@ def _drawCharts(df, cases, table):
         rows = {case['patient']: case['classVolumes']['prediction'] for case in cases if case['volumes']}
         volumes = [[row[number] if number < len(row) else 0.0 for number in names.values()] for row in rows.values()]
         cohort = pd.DataFrame(volumes, list(rows), list(names))
-        cohort['edition'] = [
-            detectEdition(own.loc[patient] if hasFiles[patient] else namedAfter(patient)) for patient in rows
-        ]
+        cohort['edition'] = [editionOf(own.loc[patient]) for patient in rows]
         cohort['grade'] = readGrades(own[hasFiles]).reindex(cohort.index).fillna('unknown')
         cohort['subject'] = [withoutTime(patient) for patient in rows]
         charts.append(('Patients and predicted volumes', _toSvg(pictures.plotCohort(cohort))))

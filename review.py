@@ -8,7 +8,7 @@ import pandas as pd
 
 import config
 import metrics
-from editions import CAVITY, known
+from editions import CAVITY, detectPatient, known
 from patients import COLUMNS, checkGrid, detectEdition, hasFile, patientOf, readVolume
 from pictures.figure import MAIN_REGIONS, shownChannel
 from pictures.sprites import drawThumbnail, packVolumes
@@ -29,7 +29,7 @@ WARNINGS = {  # kind -> what it means
     'large': f'more than {_LARGE:g} ml of tumor were predicted',
     'outside': f'more than {_OUTSIDE:.0%} of the predicted tumor lies where all shown images are 0',
     'low Dice': f'a Dice below {_LOW:g}, of WT, TC or ET',
-    'low predicted Dice': 'quality.csv flags the patient: without a truth, its Dice is expected to be low',
+    'flagged': 'quality.csv flags it: its Dice is expected to be low, or a region without a voxel has no estimate',
     'stale': 'quality.csv is older than the segmentation, so its row is not shown',
     'trained on': 'the model was trained on this patient, so it is not scored',
 }
@@ -93,7 +93,7 @@ def _withoutFolders(error, paths, file):
 def _readCase(case, file, paths, trained):
     """Add what a patient's files say to `case`: volumes, scores, warnings and pictures."""
     row = pd.Series({**paths, 'seg': str(file)}, name=paths.name)
-    edition = detectEdition(paths if any(hasFile(paths, name) for name in COLUMNS) else namedAfter(paths.name))
+    edition = editionOf(paths)
     labels, affine = readVolume(str(file), paths.name)
     prediction = _readClasses(labels, row, edition)
     spacing = [float(value) for value in nib.affines.voxel_sizes(affine)]
@@ -126,9 +126,9 @@ def _readCase(case, file, paths, trained):
     case['thumbnail'] = drawThumbnail(next(iter(images.values()), None), prediction, spacing)
 
 
-def namedAfter(patient):
-    """Return the row of a file list for a patient of which only the name is known."""
-    return pd.Series({'seg': f'{patient}_seg.nii.gz'}, name=patient)
+def editionOf(paths):
+    """Return the edition of a row of the file list; of a patient without files, the one that its id says."""
+    return detectEdition(paths) if any(hasFile(paths, name) for name in COLUMNS) else detectPatient(paths.name)
 
 
 def _shownModalities():
@@ -205,11 +205,12 @@ def _addQuality(case, quality, file):
     rows = rows.set_index('region')
     values = rows[['predictedDice', 'low', 'high']]
     case['quality'] = {region: [_plain(value) for value in row] for region, row in values.T.items()}
-    flags = rows.get('flag', pd.Series(False, rows.index)).astype(str).str.strip().str.lower()
+    flags = rows.get('isFlagged', pd.Series(False, rows.index)).astype(str).str.strip().str.lower()
     isFlagged = ~flags.isin(['false', '0', '0.0', 'no', 'none', 'nan', ''])
     if isFlagged.any():
-        low = ', '.join(f'{region} {values["predictedDice"][region]:.2f}' for region in rows.index[isFlagged])
-        _warn(case, 'low predicted Dice', low)
+        flagged = values['predictedDice'][isFlagged].items()
+        texts = [f'{region} no estimate' if pd.isna(dice) else f'{region} {dice:.2f}' for region, dice in flagged]
+        _warn(case, 'flagged', ', '.join(texts))
 
 
 def _plain(value):

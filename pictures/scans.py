@@ -5,7 +5,6 @@ from matplotlib.ticker import MaxNLocator
 
 import config
 from pictures.figure import newFigure, requireColumns
-from pictures.sprites import CAVITY_COLOR
 
 _MARKERS = 'os^Dv<>'
 
@@ -14,7 +13,7 @@ def plotScans(table):
     """Draw the ml of each region over the scans of one subject.
 
     Args:
-        table: rows of one subject of `followup.compareScans`, whose columns are regions.
+        table: rows of one subject of `followup.compareScans`, whose columns are regions or classes.
 
     Returns:
         matplotlib Figure. The scans are equally far apart: their names do not say how long lies between them. A region
@@ -30,10 +29,13 @@ def plotScans(table):
     figure = newFigure(5.2, 3.1)
     panel = figure.subplots()
     for place, region in enumerate(regions):
-        members = config.REGIONS.get(region, ())
+        members = config.REGIONS.get(
+            region, [number for number, name in enumerate(config.CLASS_NAMES) if name == region]
+        )
         color = config.CLASS_COLORS[members[0]] if len(members) == 1 else '#444444' if place == 0 else '#8C8C8C'
-        isCavity = region == 'RC'
-        style = {'color': CAVITY_COLOR if isCavity else color, 'linestyle': '--' if isCavity else '-'}
+        isCavity = region in ('RC', config.CAVITY_CLASS[0])
+        color = config.CAVITY_CLASS[1] if isCavity and not members else color
+        style = {'color': color, 'linestyle': '--' if isCavity else '-'}
         style |= {'marker': _MARKERS[place % len(_MARKERS)], 'markeredgecolor': '#555555', 'markersize': 6}
         panel.plot(table['scan'], table[region], label=region, **style)
     panel.set_xticks(table['scan'], [str(patient) for patient in table['patient']], fontsize=8)

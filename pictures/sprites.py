@@ -9,22 +9,22 @@ from PIL import Image
 from scipy import ndimage
 
 import config
+from editions import CAVITY
 from pictures.figure import OPACITY, cropBox, displayWindow, mostInformativeSlice
 
 VOXEL = 1.7  # mm, of a packed image: with it a page of 100 patients stays below 20 MB
 _QUALITY = 40  # of WebP, 0 to 100
 _TRUTH = 16  # a packed label is the predicted class + 16 x the true class
-CAVITY_NAME, CAVITY_COLOR = 'resection cavity', '#B58CFF'  # of class 4, where config does not have it as a class
 
 
 def classNames():
-    """Return the names of the classes, the resection cavity (4) among them."""
-    return [*config.CLASS_NAMES, CAVITY_NAME][: max(5, len(config.CLASS_NAMES))]
+    """Return the names of the classes; with four classes, that of the resection cavity (4) too."""
+    return [*config.CLASS_NAMES, *([config.CAVITY_CLASS[0]] if config.NO_CLASSES == CAVITY else [])]
 
 
 def classColors():
-    """Return the colors of the classes, the resection cavity (4) among them, '#RRGGBB'."""
-    return [*config.CLASS_COLORS, CAVITY_COLOR][: max(5, len(config.CLASS_COLORS))]
+    """Return the colors of the classes, '#RRGGBB'; with four classes, that of the resection cavity (4) too."""
+    return [*config.CLASS_COLORS, *([config.CAVITY_CLASS[1]] if config.NO_CLASSES == CAVITY else [])]
 
 
 def packVolumes(images, prediction, truth, spacing):

@@ -67,4 +67,4 @@ def _labelColors(edition):
         for band, place in zip('RGB', (1, 3, 5), strict=True)
     }
     names = [classNames()[numbers[label]] for label in labels]
-    return bands | {'A': [0 if label == 0 else 255 for label in labels], 'I': labels, 'labels': names}
+    return bands | {'A': [255 if numbers[label] else 0 for label in labels], 'I': labels, 'labels': names}

@@ -191,6 +191,34 @@ def test_findSubjects_joinsTheScansOfASubject(tmp_path):
     ]
 
 
+def test_withoutTime_takesIdsInAnyCase():
+    """A file name is read in lower case too, and its time point is one then: else a subject is in two sets."""
+    for patient in ('brats-gli-00001-000', 'BRATS-GLI-00001-101', 'ucsf-pdgm-0431_fu001d'):
+        assert editions.detect(f'{patient}{"_flair" if "ucsf" in patient else "-t2f"}.nii.gz').patient == patient
+    assert editions.withoutTime('brats-gli-00001-000') == 'brats-gli-00001'
+    assert editions.withoutTime('BRATS-GLI-00001-101') == 'BRATS-GLI-00001'
+    assert editions.withoutTime('ucsf-pdgm-0431_fu001d') == 'ucsf-pdgm-0431'
+
+
+def test_detectPatient_takesTheIdAlone():
+    """An id says its edition; `config.EDITION` claims some and decides for unknown ones, which are refused without."""
+    ids = ['UCSF-PDGM-0431_FU001d', 'UPENN-GBM-00001_11', 'BRATS_001', 'BraTS-GLI-00001-100', 'BraTS20_Training_001']
+    names = ['UCSF-PDGM', 'UPENN-GBM', 'Decathlon', 'BraTS2024', 'BraTS2020']
+    assert [editions.detectPatient(patient) for patient in ids] == names
+    with pytest.raises(ValueError, match=r'anyone: the edition cannot be detected'):
+        editions.detectPatient('anyone')
+    config.EDITION = 'BraTS2023'
+    assert [editions.detectPatient(patient) for patient in (*ids[2:4], 'anyone')] == ['Decathlon'] + 2 * ['BraTS2023']
+
+
+def test_countWithCavity_addsItToFourClassesOnly():
+    """The cavity is class 4 beside four classes; two and three stay, so that class 3 is refused and no cavity."""
+    found = {}
+    for config.NO_CLASSES in (2, 3, 4, 5, 6):
+        found[config.NO_CLASSES] = editions.countWithCavity()
+    assert found == {2: 2, 3: 3, 4: 5, 5: 5, 6: 6}
+
+
 @pytest.mark.parametrize('declared', [None, 'BraTS2023'])
 @pytest.mark.parametrize(
     ('file', 'words'),

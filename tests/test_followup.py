@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 
+import config
+import editions
 import followup
 
 
@@ -13,6 +15,13 @@ def test_compareScans_givesTheChangeSinceTheScanBefore():
     assert table['patient'].tolist() == ['BraTS-GLI-00002-000', 'BraTS-GLI-00002-100', 'BraTS-GLI-00002-101']
     assert table['subject'].tolist() == ['BraTS-GLI-00002'] * 3 and table['scan'].tolist() == [1, 2, 3]
     np.testing.assert_array_equal(table['WTChange'], [np.nan, -6, 3])
+
+
+def test_compareScans_ordersScansByNumber():
+    """Scan 10 of a data set of one's own is later than scan 2."""
+    config.OWN_EDITIONS = {'Clinic': editions.Edition(r'case\d+_\d+', {'mask': ('seg',)}, {0: 0, 1: 1}, time=r'_\d+')}
+    table = followup.compareScans(pd.DataFrame({'WT': [1.0, 5.0, 3.0]}, ['case7_10', 'case7_2', 'case7_1']))
+    assert table['patient'].tolist() == ['case7_1', 'case7_2', 'case7_10'] and table['WTChange'].tolist()[1:] == [2, -4]
 
 
 def test_compareScans_isEmptyWithoutASecondScan():

@@ -59,6 +59,9 @@ def test_describeDisagreement_comparesMembers():
     assert quality.describeDisagreement([], np.zeros((1, 1, 4), int))['members'].eq(0).all()
 
 
+ONE_SUBJECT = [f'BraTS-GLI-00001-{100 + scan}' for scan in range(30)]
+
+
 def makeTables(numPatients=30, noise=0.02, slope=0.8, **columns):
     """Return disagreement and scores of patients whose Dice is .95 - slope x (1 - planeDice) + noise."""
     generator = np.random.default_rng(0)
@@ -156,6 +159,7 @@ def test_predictQuality_flagsEmptyPredictions():
         (lambda table, scores: (table.assign(planes=[1, 3] * 15), scores), 'made of 1, 3 planes'),
         (lambda table, scores: (table[:4], scores), '4 patients: too few'),
         (lambda table, scores: (table.assign(voxels=0), scores), '30 patients: too few'),
+        (lambda *tables: [each.assign(patient=ONE_SUBJECT) for each in tables], 'of at least two subjects'),
     ],
 )
 def test_fitQuality_refusesOtherTables(change, match):

@@ -16,10 +16,12 @@ import pandas as pd
 import pytest
 
 import config
+import editions
 import metrics
 import patients
 import phantom
 import postprocess
+import quality
 import report
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
@@ -220,28 +222,70 @@ def test_writeReport_showsPredictedDiceAndSortsByIt(folder):
         (nameOf(2), 'WT', 0.4, 0.2, 0.6, True),
         (nameOf(4), 'WT', 0.3, 0.1, 0.5, True),
     ]
-    columns = ['patient', 'region', 'predictedDice', 'low', 'high', 'flag']
+    columns = ['patient', 'region', 'predictedDice', 'low', 'high', 'isFlagged']
     pd.DataFrame(rows, columns=columns).to_csv(folder / 'quality.csv', index=False)
     later = (folder / 'quality.csv').stat().st_mtime + 10
     os.utime(folder / f'{nameOf(4)}.nii.gz', (later, later))
     page = Page(report.writeReport(folder))
     assert [row['patient'] for row in page.rows] == [nameOf(number) for number in (2, 1, 3, 4)]
     assert page.row(nameOf(2))['WT predicted Dice'] == 0.4 and page.row(nameOf(3))['WT predicted Dice'] is None
-    assert (
-        'low predicted Dice' in page.row(nameOf(2))['kinds']
-        and 'low predicted Dice' not in page.row(nameOf(1))['kinds']
-    )
+    assert 'flagged' in page.row(nameOf(2))['kinds'] and 'flagged' not in page.row(nameOf(1))['kinds']
     assert 'stale' in page.row(nameOf(4))['kinds'] and page.row(nameOf(4))['WT predicted Dice'] is None
     again = pd.DataFrame([*rows, (nameOf(2), 'WT', 0.7, 0.6, 0.8, 'low')], columns=columns)
     again.to_csv(folder / 'quality.csv', index=False)
     row = Page(report.writeReport(folder)).row(nameOf(2))
-    assert row['WT predicted Dice'] == 0.7 and 'low predicted Dice' in row['kinds']  # the last row, flagged in words
+    assert row['WT predicted Dice'] == 0.7 and 'flagged' in row['kinds']  # the last row, flagged in words
     again.astype({'low': str}).replace({'low': {'0.6': 'half'}}).to_csv(folder / 'quality.csv', index=False)
     with pytest.raises(ValueError, match='no number'):
         report.writeReport(folder)
     pd.DataFrame({'patient': []}).to_csv(folder / 'quality.csv')
     with pytest.raises(ValueError, match='lacks the columns'):
         report.writeReport(folder)
+
+
+def test_writeReport_readsWhatWriteQualityWrote(folder):
+    """Estimates and flags are those of `quality.csv`: low for one, none for one without a voxel, which comes first."""
+    rows = {'members': 1, 'planes': 3, 'voxels': [9, 9, 0], 'planeDice': [0.9, 0.5, 1], 'planeSpread': 0, 'entropy': 0}
+    table = pd.DataFrame({'patient': [nameOf(number) for number in (1, 2, 3)], 'region': 'WT', **rows})
+    table.to_csv(folder / 'disagreement.csv', index=False)
+    own = {'measures': ['planeDice'], 'intercept': 1.0, 'slopes': [1.0], 'reach': 1.0, 'patients': 9}
+    quality.writeQuality(folder, {'level': 0.9, 'planes': 3, 'regions': {'WT': own}})
+    page = Page(report.writeReport(folder))
+    assert [row['patient'] for row in page.rows] == [nameOf(number) for number in (3, 2, 1, 4)]
+    assert [row['WT predicted Dice'] for row in page.rows] == [None, 0.5, 0.9, None]
+    assert ['flagged' in row['kinds'] for row in page.rows] == [True, True, False, False]
+    titles = [pairs['title'] for tag, pairs in page.tags if tag == 'span' and 'badge' in pairs.get('class', '')]
+    assert 'WT no estimate' in titles and 'WT 0.50' in titles
+
+
+def test_writeReport_showsSegmentationsAloneOfAnyEdition(tmp_path):
+    """Without images an id says the edition: UCSF-PDGM and one's own, though their segmentations are not named seg."""
+    names = {'flair': ('flair',), 'mask': ('seg',)}
+    config.OWN_EDITIONS = {'Clinic': editions.Edition(r'case\d+', names, {0: 0, 255: 1})}
+    config.NO_CLASSES, config.DATA_FOLDER = 2, None
+    saveLabels(np.full((20, 20, 20), 4), tmp_path / 'UCSF-PDGM-0004.nii.gz')
+    saveLabels(np.full((20, 20, 10), 255), tmp_path / 'case7.nii.gz')
+    page = Page(report.writeReport(tmp_path))
+    assert [row['WT ml'] for row in page.rows] == [8, 4]
+    saveLabels(np.ones((20, 20, 20)), tmp_path / 'anyone.nii.gz')
+    assert Page(report.writeReport(tmp_path)).row('anyone')['kinds'] == ['cannot be read']
+
+
+def test_writeReport_scoresTheCavityIfItIsAClass(tmp_path):
+    """With five classes RC has a Dice, 6 of 7 for 3 of 4 slices, with four a volume only."""
+    config.EDITION, config.DATA_FOLDER = 'BraTS2024', None
+    truth = np.zeros((20, 20, 20), np.uint8)
+    truth[:4], truth[8:12] = 3, 4
+    saveLabels(np.where(np.arange(20)[:, None, None] == 8, 0, truth), tmp_path / 'out' / 'BraTS-GLI-00001-100.nii.gz')
+    saveLabels(truth, tmp_path / 'BraTS-GLI-00001-100-seg.nii.gz')
+    seg = str(tmp_path / 'BraTS-GLI-00001-100-seg.nii.gz')
+    df = pd.DataFrame({'seg': seg}, ['BraTS-GLI-00001-100'])
+    row = Page(report.writeReport(tmp_path / 'out', df)).rows[0]
+    assert row['RC ml'] == pytest.approx(1.2) and 'RC Dice' not in row
+    config.NO_CLASSES = 5
+    row = Page(report.writeReport(tmp_path / 'out', df)).rows[0]
+    assert row['RC ml'] == pytest.approx(1.2) and row['RC Dice'] == pytest.approx(6 / 7)
+    assert row['ET Dice'] == 1 and 'NCR Dice' not in row  # the columns are those of the volumes
 
 
 def test_writeReport_doesNotScoreTrainingPatients(folder):

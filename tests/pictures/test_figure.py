@@ -83,6 +83,15 @@ def test_classColors_areDistinctForEveryone():
         assert np.linalg.norm(classes[:, None] - grey, axis=-1).min() > 35
 
 
+def test_classColors_areLegibleOnADarkPage():
+    """Each color has a contrast (WCAG) of 3 on the dark report, and that of the cavity one of 2 on white."""
+    config.NO_CLASSES = 5
+    luminance = [toLinear(np.array(to_rgb(color))) @ [0.2126, 0.7152, 0.0722] for color in config.CLASS_COLORS[1:]]
+    dark = toLinear(np.array(to_rgb('#181e27'))) @ [0.2126, 0.7152, 0.0722]
+    assert min((each + 0.05) / (dark + 0.05) for each in luminance) > 3
+    assert 1.05 / (luminance[-1] + 0.05) > 2
+
+
 def toLinear(color):
     return np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
 

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+import config
 import followup
 from pictures import plotScans
 
@@ -18,8 +19,20 @@ def test_plotScans_drawsEachRegionOverTheScans():
     lines = {line.get_label(): line for line in panel.lines}
     assert {name: list(line.get_ydata()) for name, line in lines.items()} == {'WT': [10, 4], 'ET': [2, 1], 'RC': [0, 6]}
     assert lines['RC'].get_linestyle() == '--' and lines['WT'].get_linestyle() == '-'
+    assert lines['ET'].get_color() == config.CLASS_COLORS[3] and lines['RC'].get_color() == config.CAVITY_CLASS[1]
     plt.close('all')
     with pytest.raises(ValueError, match='2 subjects'):
         plotScans(table)
     with pytest.raises(ValueError, match='0 rows'):
         plotScans(table[:0])
+
+
+@pytest.mark.parametrize('numClasses', [2, 4, 5])
+def test_plotScans_drawsClassesInTheirColors(numClasses):
+    """Columns that are classes, as `cohort.describeCohort` has them, have their colors; the cavity is dashed."""
+    config.NO_CLASSES = numClasses
+    volumes = pd.DataFrame(1.0, ['BraTS-GLI-00001-100', 'BraTS-GLI-00001-101'], list(config.CLASS_NAMES[1:]))
+    [panel] = plotScans(followup.compareScans(volumes)).axes
+    assert [line.get_color() for line in panel.lines] == list(config.CLASS_COLORS[1:])
+    assert [line.get_linestyle() for line in panel.lines] == ['-', '-', '-', '--'][: numClasses - 1]
+    plt.close('all')

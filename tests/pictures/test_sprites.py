@@ -7,11 +7,22 @@ import zlib
 import numpy as np
 from PIL import Image
 
+import config
 from pictures import sprites
 
 
 def imageOf(uri):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(',')[1]))).convert('L'))
+
+
+def test_classColors_ofTheCavityAreTheSameWhereverItIsShown():
+    """The cavity looks the same as class 4 of five and beside four classes; with two there is none."""
+    found = []
+    for config.NO_CLASSES in (4, 5):
+        found.append((sprites.classNames(), sprites.classColors()))
+    assert found[0] == found[1] and len(found[0][0]) == 5
+    config.NO_CLASSES = 2
+    assert sprites.classNames() == ['background', 'tumor'] and len(sprites.classColors()) == 2
 
 
 def test_packVolumes_keepsEveryLabel():

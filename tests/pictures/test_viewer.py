@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import config
 import pictures
 
 
@@ -28,6 +29,15 @@ def test_viewPatient_showsImageTruthAndPredictionInTheEditionsLabels(paths):
     assert [slider.description for slider in sliders.children] == ['truth', 'prediction']
     sliders.children[1].value = 0.2
     assert viewer.volumes[2].opacity == 0.2 and viewer.volumes[1].opacity != 0.2
+
+
+def test_viewPatient_leavesTheCavityOutWithTwoClasses(writeCase):
+    """Tumor or not: label 4 of 2024, which is background then, is as transparent as label 0."""
+    pytest.importorskip('ipyniivue')
+    config.NO_CLASSES, config.EDITION, label = 2, 'BraTS2024', np.zeros((6, 5, 4), np.uint8)
+    files = writeCase({'flair': label + 1, 'seg': label}, 'patient')
+    _, viewer = pictures.viewPatient(pd.Series(files, name='patient')).children
+    assert [viewer.volumes[1].colormap_label.lut[4 * label + 3] for label in range(5)] == [0, 255, 255, 255, 0]
 
 
 def test_viewPatient_goesOnWithoutItsLibrary(paths, monkeypatch, capsys):
