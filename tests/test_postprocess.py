@@ -276,6 +276,15 @@ def test_predictFolder_needsNoTruth(df, tmp_path):
     assert (tmp_path / 'out' / 'settings.json').is_file()
 
 
+def test_predictFolder_takesADeviceOfTorch(df, tmp_path, capsys):
+    """A torch.device is noted by its name, and the same call finds the patients finished."""
+    model = makeUnet()
+    for _ in range(2):
+        postprocess.predictFolder(df.iloc[:1], model, tmp_path / 'out', device=torch.device('cpu'))
+    assert '1 of 1 patients are finished' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'out' / 'settings.json').read_text())['prediction']['device'] == 'cpu'
+
+
 def test_predictFolder_appliesEachRule(writeCase, tmp_path):
     """ET of fewer than N voxels becomes necrotic core; ml is measured by the patient's own voxels."""
     image = np.zeros((40, 40, 4), np.int16)
