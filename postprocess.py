@@ -18,7 +18,7 @@ import config
 import metrics
 from atomic import writeAtomically
 from components import Tuning, applyRules, kindOf, relabelSmallET, removeSmallComponents, tunePostprocessing
-from editions import labelsOf
+from editions import CAVITY, labelsOf
 from engine import predict, predictAll
 from fingerprint import fingerprint
 from identity import stretchingOf
@@ -140,6 +140,8 @@ def _finishPatient(paths, case, folder, rules, kind, trained):
     patient, spacing = paths.name, spacingOf(paths)
     yhat = applyRules(yhat, rules, spacing, kind)
     _saveWithNames(yhat, paths, folder)
+    if labelsOf(detectEdition(paths)).get(CAVITY) == 0:
+        yhat = yhat.masked_fill(yhat == CAVITY, 0)  # as it is written: the edition has no label for the cavity
     if probability:
         saveProbabilities(*probability, paths, folder / 'maps' / f'{patient}.nii.gz')
     isScored = y is not None and str(patient) not in trained

@@ -276,7 +276,10 @@ def _optionsOf(rules):
 def _findPatient(given):
     """Return the row of the patient that the command line names."""
     if len(given) == 1 and os.path.isdir(given[0]):
-        rows = findFiles(given[0])
+        try:
+            rows = findFiles(given[0])
+        except (ValueError, FileNotFoundError) as error:  # there is no config to set on the command line
+            raise ValueError(f'{error} Or name its files: {"=..., ".join(COLUMNS[:-1])}=...') from error
         if len(rows) != 1:
             raise ValueError(f'{given[0]} holds {len(rows)} patients: {", ".join([*rows][:5])}. One was expected.')
         return next(iter(rows.values()))

@@ -301,6 +301,13 @@ def test_main_predictsAsTheRulesWereTunedOnTheGridOfItsImages(tmp_path, paths, c
     assert 'planes' in capsys.readouterr().err and not (tmp_path / 'none.nii.gz').exists()
 
 
+def test_findPatient_saysHowToNameFilesThatNoEditionHas(tmp_path):
+    """A folder of a clinic is answered with what the command line can do about it."""
+    save(np.ones((4, 4, 4)), tmp_path / 'clinic' / 'case7_flair.nii.gz')
+    with pytest.raises(ValueError, match=r'Or name its files: t1=\.\.\., t1ce=\.\.\.'):
+        predictor._findPatient([str(tmp_path / 'clinic')])
+
+
 def test_main_namesNoLabelThatIsNotWritten(tmp_path, paths, capsys):
     """The cavity of a patient whose edition has no label for it is not told as label 0."""
     pytest.importorskip('onnxruntime')
