@@ -58,7 +58,8 @@ def test_cluster_writesTheFilesOfOneProcess(client, df, model, tmp_path):
     preprocess.makeDataset(df, str(tmp_path / 'one.h5'))
     postprocess.predictFolder(df, model, tmp_path / 'one', probabilities=True)
     assert (tmp_path / 'many.h5').read_bytes() == (tmp_path / 'one.h5').read_bytes()
-    assert len(filesOf(tmp_path / 'one')) == 3 * 4 + 2 and filesOf(tmp_path / 'many') == filesOf(tmp_path / 'one')
+    # segmentation and two maps of each; scores, disagreement, settings, and the labels' names for two programs
+    assert len(filesOf(tmp_path / 'one')) == 3 * 4 + 5 and filesOf(tmp_path / 'many') == filesOf(tmp_path / 'one')
     pd.testing.assert_frame_equal(many, postprocess.scoreFolder(df, tmp_path / 'one' / 'upload'))
 
 
