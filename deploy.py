@@ -19,8 +19,9 @@ from card import writeCard
 from checkpoints import loadModel as loadCheckpointModel
 from checkpoints import readCheckpoint
 from components import Tuning
+from editions import labelsFrom
 from folders import FORMAT, hashFile, readAbout, writeAbout
-from identity import SEEN, differences
+from identity import SEEN, configured, differences
 from predictor import Network, prepare, runSession, segment
 from recipe import buildModel
 from trained import asEarlier
@@ -51,7 +52,8 @@ def packModel(checkpoints, folder, df=None, scores=None, rules=None):
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: not a checkpoint of this package, or one that does not say how the model was trained; members with
-            other modalities, classes or stretching; or the folder holds something else.
+            other modalities, classes or stretching; classes other than those of `config`; or the folder holds something
+            else.
     """
     paths = list(checkpoints) if isinstance(checkpoints, (list, tuple)) else [checkpoints]
     if not paths:
@@ -117,7 +119,7 @@ def _writeMembers(paths, part):
         'format': FORMAT,
         **{name: first[name] for name in _SHARED},
         'colors': list(config.CLASS_COLORS[: len(first['classes'])]),
-        'labels': {name: _labelsOf(pairs) for name, pairs in sorted(editions.items())},
+        'labels': {name: _labelsOf(pairs, len(first['classes'])) for name, pairs in sorted(editions.items())},
         'members': members,
         'files': files,
         'onnx': None,
@@ -137,13 +139,14 @@ def _identityOf(model, path):
         )
     if model.identity['stretching'] is None:
         raise ValueError(f'{path}: the patches were made by a transform of your own, which a folder cannot hold.')
+    if other := differences(configured(), model.identity, {'classes': SEEN['classes']}):  # colors and rules follow them
+        raise ValueError(f'{path} predicts {model.identity["classes"]}, but {other[0]}.')
     return model.identity
 
 
-def _labelsOf(pairs):
-    """Return the label that each class is written as, from (label, class) pairs: the first of a class."""
-    written = {number: label for label, number in reversed(pairs)}
-    return [written[number] for number in sorted(written)]
+def _labelsOf(pairs, numClasses):
+    """Return [class, label] pairs as the classes are written, from (label, class) pairs; a class may be missing."""
+    return [[*pair] for pair in labelsFrom(dict(pairs), numClasses).items()]
 
 
 def _describeRules(rules):

@@ -283,7 +283,12 @@ def labelsOf(name, numClasses=None):
     Args:
         name, numClasses: as in `classesOf`.
     """
+    return labelsFrom(classesOf(name, numClasses), numClasses)
+
+
+def labelsFrom(classes, numClasses=None):
+    """Return what `labelsOf` does, from what `classesOf` returns: label -> class."""
     numClasses = numClasses or config.NO_CLASSES
-    labels = {number: label for label, number in reversed(classesOf(name, numClasses).items())}
+    labels = {number: label for label, number in reversed(classes.items())}
     labels |= {CAVITY: 0} if numClasses > CAVITY and CAVITY not in labels else {}
     return dict(sorted(labels.items()))

@@ -18,7 +18,7 @@ import config
 import metrics
 from atomic import writeAtomically
 from components import Tuning, applyRules, kindOf, relabelSmallET, removeSmallComponents, tunePostprocessing
-from editions import labelsOf
+from editions import CAVITY, labelsOf
 from engine import predict, predictAll
 from fingerprint import fingerprint
 from identity import stretchingOf
@@ -81,7 +81,7 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         trained = membersFor(model, df)[1]
     before = _refuseOthers(folder, made)
     about = {**made, 'trainedOn': sorted({*before.get('trainedOn', ()), *trained}), **options}
-    if before != json.loads(json.dumps(about)):  # parts that begin together write the same
+    if before != json.loads(json.dumps(about, default=str)):  # parts that begin together write the same
         _writeSettings(folder, about)
     file = folder / (f'scores.{number}of{numParts}.csv' if part else 'scores.csv')
     df = df.iloc[number::numParts]
@@ -119,7 +119,8 @@ def _predictByProcesses(df, model, finish, **options):
     """Yield what `finish` returns for each patient; a process of joblib's predicts, writes and scores it."""
     members, trained = membersFor(model, df)
     warnOfTrained(trained, len(df))
-    function = attempt(functools.partial(_predictAndFinish, members=members, finish=finish, options=options))
+    followAll(model, options['transform'], options.get('planes'))  # warns here: the processes' warnings are not seen
+    function = functools.partial(_predictAndFinish, members=members, finish=finish, options=options)
     for number, result in enumerate(forEachPatient(function, df, 'predict')):
         if isinstance(result, Exception):
             leaveOut(result, f'{number} of {len(df)} patients were segmented before.')
@@ -128,7 +129,9 @@ def _predictByProcesses(df, model, finish, **options):
 
 
 def _predictAndFinish(paths, members, finish, options):
-    return finish(paths, predict(paths, members[paths.name], **options))
+    """Return what `finish` returns, or the error of bad data; other errors, such as a full disk, end the work."""
+    case = attempt(functools.partial(predict, model=members[paths.name], **options))(paths)
+    return case if isinstance(case, Exception) else finish(paths, case)
 
 
 def _finishPatient(paths, case, folder, rules, kind, trained):
@@ -137,6 +140,8 @@ def _finishPatient(paths, case, folder, rules, kind, trained):
     patient, spacing = paths.name, spacingOf(paths)
     yhat = applyRules(yhat, rules, spacing, kind)
     _saveWithNames(yhat, paths, folder)
+    if labelsOf(detectEdition(paths)).get(CAVITY) == 0:
+        yhat = yhat.masked_fill(yhat == CAVITY, 0)  # as it is written: the edition has no label for the cavity
     if probability:
         saveProbabilities(*probability, paths, folder / 'maps' / f'{patient}.nii.gz')
     isScored = y is not None and str(patient) not in trained

