@@ -33,7 +33,7 @@ STEPS = 12  # of training, the first two of which are not counted
 NETWORK = {'ENCODER_NAME': 'resnet18', 'ENCODER_WEIGHTS': None, 'DECODER_CHANNELS': (128, 64, 32, 16, 16)}
 
 
-def main(numPatients=8):
+def main(numPatients=4):
     """Print how long each of several patients takes by each method, and a step of training by one and two ranks.
 
     Args:
@@ -43,26 +43,24 @@ def main(numPatients=8):
 
     vars(config).update(NETWORK, DEVICE='cpu', PREPROCESS_WORKERS=1)
     torch.set_num_threads(1)
-    print(timing.describeMachine())
+    print(timing.describeMachine(engine.precision(config.DEVICE)))
     options = {'n_workers': NUM_WORKERS, 'threads_per_worker': 1, 'dashboard_address': None}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(dask.distributed.Client(stack.enter_context(dask.distributed.LocalCluster(**options))))
         phantom.makeCases(folder / 'data', numPatients)
         df, model = utils.makeFileList(folder / 'data'), engine.makeModel()
-        tables = [
-            benchPatients('cutting', df, lambda: preprocess.makeDataset(df, str(folder / 'train.h5')), folder),
-            benchPatients('predicting', df, lambda: postprocess.predictFolder(df, model, folder / 'out'), folder),
-        ]
-        postprocess.predictFolder(df, model, folder / 'done')
+        cut = functools.partial(preprocess.makeDataset, df, str(folder / 'train.h5'))
+        predict = functools.partial(postprocess.predictFolder, df, model, folder / 'out')
         score = functools.partial(postprocess.scoreFolder, df, folder / 'done' / 'upload')
-        tables.append(benchPatients('scoring', df, score, folder))
-    tables.append(benchRanks())
-    for table in tables:
-        print(formatTable(table))
+        print(formatTable(benchPatients('cutting', df, cut, folder)), flush=True)
+        print(formatTable(benchPatients('predicting', df, predict, folder, 1)), flush=True)
+        postprocess.predictFolder(df, model, folder / 'done')
+        print(formatTable(benchPatients('scoring', df, score, folder)), flush=True)
+    print(formatTable(benchRanks()))
 
 
-def benchPatients(stage, df, work, folder):
+def benchPatients(stage, df, work, folder, rounds=3):
     """Measure one stage by each backend of joblib; what it has written is removed before each call."""
     backends = {'1 thread': ('threading', 1), '2 threads': ('threading', 2), '2 processes': ('loky', 2)}
 
@@ -79,7 +77,7 @@ def benchPatients(stage, df, work, folder):
     methods = {
         name: (lambda each=each: run(*each)) for name, each in {**backends, '2 Dask workers': ('dask', 2)}.items()
     }
-    return timing.measure(f'{stage}, per patient', methods, numUnits=len(df), rounds=3)
+    return timing.measure(f'{stage}, per patient', methods, numUnits=len(df), rounds=rounds)
 
 
 def benchRanks():
