@@ -156,16 +156,22 @@ def fitQuality(disagreement, scores):
         Lei et al., Distribution-free predictive inference for regression (arXiv:1604.04173), section 5.2.
     """
     table = _join(disagreement, scores)
-    regions = {region: _fitRegion(part) for region, part in table.groupby('region', sort=False)}
-    fitted = {region: fit for region, fit in regions.items() if fit}
-    if left := [region for region in regions if region not in fitted]:
+    fit = _fitRegions(table)
+    if left := [region for region in table['region'].unique() if region not in fit['regions']]:
         reason = f'fewer than {_FEWEST} patients, or one subject only, have them in their prediction'
         print(f'Not fitted, because {reason}: {", ".join(left)}.')
-    if not fitted:
+    if not fit['regions']:
         number = table['patient'].nunique()
         raise ValueError(
             f'{number} patients: too few to fit any region; {_FEWEST} of at least two subjects were expected.'
         )
+    return fit
+
+
+def _fitRegions(table):
+    """Return what `fitQuality` does, from the rows of `_join`; `regions` has those that can be fitted."""
+    regions = {region: _fitRegion(part) for region, part in table.groupby('region', sort=False)}
+    fitted = {region: fit for region, fit in regions.items() if fit}
     return {'level': config.QUALITY_LEVEL, 'planes': int(table['planes'].max()), 'regions': fitted}
 
 
@@ -297,10 +303,8 @@ def crossFit(disagreement, scores):
     numbers = pd.Series(np.arange(subjects.nunique()) % _GROUPS, sorted(subjects.unique()))
     groups, parts = subjects.map(numbers), []
     for group in sorted(numbers.unique()):
-        regions = {region: _fitRegion(part) for region, part in table[groups != group].groupby('region', sort=False)}
-        fitted = {region: fit for region, fit in regions.items() if fit}
-        if fitted:
-            fit = {'level': config.QUALITY_LEVEL, 'planes': int(table['planes'].max()), 'regions': fitted}
+        others = table[groups != group]
+        if len(others) and (fit := _fitRegions(others))['regions']:
             parts.append(predictQuality(table[groups == group], fit))
     if not parts:
         raise ValueError(f'{table["patient"].nunique()} patients are too few to fit without one; see fitQuality.')

@@ -8,11 +8,11 @@ import pandas as pd
 
 import config
 import metrics
-from editions import CAVITY, detectPatient, known
-from patients import COLUMNS, checkGrid, detectEdition, hasFile, patientOf, readVolume
+from editions import CAVITY, countWithCavity, detectPatient, known
+from patients import COLUMNS, checkGrid, detectEdition, hasFile, patientOf, readVolume, toClasses
 from pictures.figure import MAIN_REGIONS, shownChannel
 from pictures.sprites import drawThumbnail, packVolumes
-from scoring import findPrediction, toClassesWithCavity
+from scoring import findPrediction, withoutCavity
 
 _SMALL, _LARGE = 2.0, 300.0  # ml of whole tumor: outside of them a look is worth its time
 _MANY = 20  # components of whole tumor
@@ -120,7 +120,7 @@ def _readCase(case, file, paths, trained):
     if truth is not None and paths.name in trained:
         _warn(case, 'trained on', 'not scored')
     elif truth is not None:
-        case['scores'] = metrics.scorePatient(_known(truth), _known(prediction), spacing)
+        case['scores'] = metrics.scorePatient(withoutCavity(truth), withoutCavity(prediction), spacing)
     _addWarnings(case, prediction, images)
     case['packed'] = packVolumes(images, prediction, truth, spacing)
     case['thumbnail'] = drawThumbnail(next(iter(images.values()), None), prediction, spacing)
@@ -139,7 +139,7 @@ def _shownModalities():
 
 def _readClasses(labels, paths, edition):
     """Return the classes of labels, the cavity among them, uint8 (W, H, D)."""
-    return np.moveaxis(toClassesWithCavity(labels, paths, edition), 0, 2)  # (D, W, H) -> (W, H, D)
+    return toClasses(labels, paths, edition, countWithCavity())
 
 
 def _readBeside(case, paths, column, channel, row, shape, affine):
@@ -151,11 +151,6 @@ def _readBeside(case, paths, column, channel, row, shape, affine):
     except (ValueError, OSError) as error:
         _warn(case, 'other files', _withoutFolders(error, paths, row['seg']))
         return None
-
-
-def _known(classes):
-    """Return classes with those that `config` does not know, the cavity, as background."""
-    return np.where(classes < config.NO_CLASSES, classes, np.uint8(0))
 
 
 def _measureRegions(classes, ml):

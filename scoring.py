@@ -124,14 +124,14 @@ def _scoreCase(folder, rules, kind, challenges, paths):
         bad = error
     yhat = _applyRules(yhat, rules, spacing, kind)
     if challenges is None:
-        return {None: metrics.scorePatient(_withoutCavity(truth), _withoutCavity(yhat), spacing)}, None
+        return {None: metrics.scorePatient(withoutCavity(truth), withoutCavity(yhat), spacing)}, None
     tables = {name: _scoreByRule(truth, yhat, spacing, paths, name) for name in challenges}
     return {name: _worst(table, name) if bad else table for name, table in tables.items()}, bad
 
 
 def _applyRules(yhat, rules, spacing, kind):
     """Return a prediction with the resection cavity as it was, after the rules against small components."""
-    kept = applyRules(_withoutCavity(yhat), rules, spacing, kind)
+    kept = applyRules(withoutCavity(yhat), rules, spacing, kind)
     return np.where((yhat == CAVITY) & (kept == 0), np.uint8(CAVITY), kept)
 
 
@@ -145,7 +145,7 @@ def _scoreByRule(truth, yhat, spacing, paths, name):
         name: key of `RULES`.
     """
     if RULES[name].numClasses() <= CAVITY:  # no region of the rule is the cavity
-        truth, yhat = _withoutCavity(truth), _withoutCavity(yhat)
+        truth, yhat = withoutCavity(truth), withoutCavity(yhat)
     table = metrics.scorePatient(truth, yhat, spacing, name)
     if RULES[name].regions is None:
         return table
@@ -186,13 +186,13 @@ def readPrediction(paths, folder):
         ValueError: it cannot be read, lies on another grid or has other labels.
     """
     truth, affine = _readTruth(paths)
-    return _withoutCavity(truth), _withoutCavity(_readPredicted(paths, folder, truth, affine))
+    return withoutCavity(truth), withoutCavity(_readPredicted(paths, folder, truth, affine))
 
 
 def _readTruth(paths):
     """Return the true classes of a patient, the cavity among them, uint8 (D, W, H), and the affine of their file."""
     labels, affine = readVolume(paths['seg'], paths.name)
-    return toClassesWithCavity(labels, paths, detectEdition(paths)), affine
+    return _toClassesWithCavity(labels, paths, detectEdition(paths)), affine
 
 
 def _readPredicted(paths, folder, truth, affine):
@@ -205,15 +205,15 @@ def _readPredicted(paths, folder, truth, affine):
     shape = truth.shape[1:] + truth.shape[:1]  # (D, W, H) -> (W, H, D)
     checkGrid(predicted, 'seg', volume.shape, grid, 'the true seg', shape, affine)
     # by the edition of the truth: the prediction's name may not reveal it
-    return toClassesWithCavity(volume, predicted, detectEdition(paths))
+    return _toClassesWithCavity(volume, predicted, detectEdition(paths))
 
 
-def toClassesWithCavity(labels, paths, edition):
+def _toClassesWithCavity(labels, paths, edition):
     """Return the classes of labels (W, H, D) by an edition's table, and class 4 for the cavity, uint8 (D, W, H)."""
     return toClasses(labels, paths, edition, countWithCavity()).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
 
 
-def _withoutCavity(classes):
+def withoutCavity(classes):
     """Return classes with the resection cavity as background, unless `config.NO_CLASSES` has it as a class."""
     if config.NO_CLASSES > CAVITY:
         return classes

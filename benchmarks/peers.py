@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 import config
-import engine
 from patients import readCase
+from recipe import autocast, precision
 
 MODALITIES = ('t1', 't1ce', 't2', 'flair')  # all four, as in its tutorial
 CROP = 128  # voxels; the tutorial's 224 x 224 x 144 need more memory than a free GPU has
@@ -37,15 +37,14 @@ def trainSegResNet(traindf, seconds):
     ).to(config.DEVICE)
     criterion = monai.losses.DiceLoss(smooth_nr=0, smooth_dr=1e-5, squared_pred=True, sigmoid=True)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4, weight_decay=1e-5)
-    dtype = engine.precision(config.DEVICE)
-    scaler = torch.amp.GradScaler(config.DEVICE, enabled=dtype is torch.float16)
+    scaler = torch.amp.GradScaler(config.DEVICE, enabled=precision(config.DEVICE) is torch.float16)
     generator, numSteps, begin = np.random.default_rng(config.SEED), 0, time.monotonic()
     while (elapsed := time.monotonic() - begin) < seconds:
         for group in optimizer.param_groups:
             group['lr'] = 1e-4 * (1 + math.cos(math.pi * elapsed / seconds)) / 2
         case = augment(cases[generator.integers(len(cases))])
         image, regions = (torch.as_tensor(case[key])[None].to(config.DEVICE) for key in ('image', 'regions'))
-        with torch.autocast(config.DEVICE, dtype, enabled=dtype is not torch.float32):
+        with autocast(config.DEVICE):
             loss = criterion(model(image).float(), regions)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -58,9 +57,8 @@ def trainSegResNet(traindf, seconds):
 def predictSegResNet(paths, model):
     """Return y and yhat of one patient, as `engine.predict` does: int64 (D, W, H), classes 0 to 3."""
     case = _readNormalized(paths)
-    dtype = engine.precision(config.DEVICE)
     inferer = monai.inferers.SlidingWindowInferer((CROP,) * 3, overlap=OVERLAP)
-    with torch.inference_mode(), torch.autocast(config.DEVICE, dtype, enabled=dtype is not torch.float32):
+    with torch.inference_mode(), autocast(config.DEVICE):
         isIn = inferer(torch.as_tensor(case['image'])[None].to(config.DEVICE), model)[0].float().cpu() > 0
     yhat = torch.zeros(isIn.shape[1:], dtype=torch.int64)
     for number, mask in zip((2, 1, 3), isIn, strict=True):  # whole tumor, core and enhancing tumor, the later inside

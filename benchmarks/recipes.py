@@ -72,16 +72,14 @@ def main(folder, output, numSteps=1500, folds=4, recipes=None, withPeer=True):
     rows = []
     for name, values in (RECIPES if recipes is None else recipes).items():
         for fold in range(folds):
-            isTested = [number % folds == fold for number in range(len(df))]
             with _configured({**SMALL, **values, 'OUTPUT_FOLDER': str(Path(output) / name / str(fold))}):
-                table = _runFold(df[[not tested for tested in isTested]], df[isTested], numSteps)
+                table = _runFold(*_splitFold(df, fold, folds), numSteps)
             rows.append(table.assign(recipe=name, fold=fold))
         print(summarize(pd.concat(rows)).loc[[name]].to_string())
     durations = [table['seconds'].max() for table in rows[-folds:]]
     for fold, seconds in enumerate(durations if withPeer else ()):
-        isTested = [number % folds == fold for number in range(len(df))]
         with _configured({'OUTPUT_FOLDER': str(Path(output) / PEER / str(fold))}):
-            table = _runPeer(df[[not tested for tested in isTested]], df[isTested], seconds)
+            table = _runPeer(*_splitFold(df, fold, folds), seconds)
         rows.append(table.assign(recipe=PEER, fold=fold))
     table = pd.concat(rows, ignore_index=True)
     print(summarize(table).to_string())
@@ -89,6 +87,12 @@ def main(folder, output, numSteps=1500, folds=4, recipes=None, withPeer=True):
         table.to_csv(part, index=False)
     plotRecipes(table).savefig(Path(output) / 'recipes.png')
     return table
+
+
+def _splitFold(df, fold, folds):
+    """Return the patients that a fold trains on, and those that it tests."""
+    isTested = [number % folds == fold for number in range(len(df))]
+    return df[[not tested for tested in isTested]], df[isTested]
 
 
 @contextmanager

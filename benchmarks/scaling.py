@@ -102,18 +102,12 @@ def _timeSteps(rank, number, folder, results):
         dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=number)
     layers, criterion = engine.makeModel(), engine.makeCriterion()
     model = ranks.share(layers, criterion)
-    optimizer = torch.optim.Adam(layers.parameters())
+    optimizer, scaler = torch.optim.Adam(layers.parameters()), torch.amp.GradScaler('cpu', enabled=False)
     size = config.PATCH_SIZE
-    image, label = torch.randn(16 // number, 3, size, size), torch.randint(0, 4, (16 // number, size, size))
-    dtype = engine.precision(config.DEVICE)
-    for step in range(STEPS):
-        if step == 2:
-            start = time.perf_counter()
-        with torch.autocast('cpu', dtype, enabled=dtype is not torch.float32):
-            logits = model(image)
-        optimizer.zero_grad()
-        criterion(logits.float(), label).backward()
-        optimizer.step()
+    batch = torch.randn(16 // number, 3, size, size), torch.randint(0, 4, (16 // number, size, size))
+    engine.train(model, criterion, optimizer, scaler, [batch] * 2)
+    start = time.perf_counter()
+    engine.train(model, criterion, optimizer, scaler, [batch] * (STEPS - 2))
     if rank == 0:
         results.put((time.perf_counter() - start) / (STEPS - 2))
     if number > 1:
