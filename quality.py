@@ -402,15 +402,16 @@ def writeQuality(folder, fit):
 
     Args:
         folder: folder of predictions.
-        fit: dict of `fitQuality`, made with predictions of the same model or of one trained alike.
+        fit: dict of `fitQuality`, made with predictions of the same model or of one trained alike; or the DataFrame of
+            `crossFit` of the folder's own patients, so that none is estimated by a fit that has seen it.
 
     Returns:
-        DataFrame of `predictQuality`. How many patients are flagged is printed.
+        DataFrame of `predictQuality` or `crossFit`. How many patients are flagged is printed.
 
     Raises:
         FileNotFoundError, ValueError: as in `readDisagreement` and `predictQuality`.
     """
-    table = predictQuality(readDisagreement(folder), fit)
+    table = fit if isinstance(fit, pd.DataFrame) else predictQuality(readDisagreement(folder), fit)
     with writeAtomically(Path(folder) / 'quality.csv') as part:
         table.to_csv(part, index=False)
     numFlagged = table['patient'][table['isFlagged']].nunique()

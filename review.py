@@ -30,6 +30,8 @@ WARNINGS = {  # kind -> what it means
     'outside': f'more than {_OUTSIDE:.0%} of the predicted tumor lies where all shown images are 0',
     'low Dice': f'a Dice below {_LOW:g}, of WT, TC or ET',
     'flagged': 'quality.csv flags it: its Dice is expected to be low, or a region without a voxel has no estimate',
+    'suspicious truth': 'a Dice below its interval in quality.csv: planes or members agree on something else; look at '
+    'the true segmentation first',
     'stale': 'quality.csv is older than the segmentation, so its row is not shown',
     'trained on': 'the model was trained on this patient, so it is not scored',
 }
@@ -206,6 +208,12 @@ def _addQuality(case, quality, file):
         flagged = values['predictedDice'][isFlagged].items()
         texts = [f'{region} no estimate' if pd.isna(dice) else f'{region} {dice:.2f}' for region, dice in flagged]
         _warn(case, 'flagged', ', '.join(texts))
+    if case['scores'] is not None:
+        table = values.assign(dice=case['scores']['dice'].reindex(values.index))
+        below = table[table['dice'] < table['low']].iterrows()
+        texts = [f'{region} {row.dice:.2f}, {row.low:.2f} to {row.high:.2f} was expected' for region, row in below]
+        if texts:
+            _warn(case, 'suspicious truth', '; '.join(texts))
 
 
 def _plain(value):

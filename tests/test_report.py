@@ -243,6 +243,22 @@ def test_writeReport_showsPredictedDiceAndSortsByIt(folder):
         report.writeReport(folder)
 
 
+def test_writeReport_namesSuspiciousTruth(folder):
+    """A Dice below its interval is a warning with its figures; one within it is none."""
+    dice = Page(report.writeReport(folder)).row(nameOf(2))['WT Dice']
+    rows = [
+        (nameOf(1), 'WT', 0.9, 0.0, 1.0),
+        (nameOf(2), 'WT', 0.9, dice + 0.01, 1.0),
+        (nameOf(2), 'NCR', 0.9, 0.0, 1.0),
+    ]
+    columns = ['patient', 'region', 'predictedDice', 'low', 'high']
+    quality.writeQuality(folder, pd.DataFrame(rows, columns=columns).assign(isFlagged=False))
+    page = Page(report.writeReport(folder))
+    assert [row['patient'] for row in page.rows if 'suspicious truth' in row['kinds']] == [nameOf(2)]
+    titles = [pairs['title'] for tag, pairs in page.tags if tag == 'span' and 'badge' in pairs.get('class', '')]
+    assert f'WT {dice:.2f}, {dice + 0.01:.2f} to 1.00 was expected' in titles
+
+
 def test_writeReport_readsWhatWriteQualityWrote(folder):
     """Estimates and flags are those of `quality.csv`: low for one, none for one without a voxel, which comes first."""
     rows = {'members': 1, 'planes': 3, 'voxels': [9, 9, 0], 'planeDice': [0.9, 0.5, 1], 'planeSpread': 0, 'entropy': 0}
