@@ -33,6 +33,7 @@ from volumes import (
     withChannels,
 )
 
+INT8 = 'model.int8.onnx'  # of `deploy.quantizeOnnx`: used where it is
 _BATCH = 8  # slices or windows per run: more is slower on a CPU
 
 
@@ -47,25 +48,27 @@ def loadFolder(folder, threads=None):
     """Return the networks of a model folder, so that many patients can be predicted without loading it each time.
 
     Args:
-        folder: of `deploy.packModel`, after `deploy.exportOnnx`.
+        folder: of `deploy.packModel`, after `deploy.exportOnnx`; after `deploy.quantizeOnnx` with 8-bit integers.
         threads: of onnxruntime; None: all cores.
 
     Raises:
         FileNotFoundError, ValueError: as in `folders.readAbout`; or there is no ONNX file.
     """
-    import onnxruntime
-
     about = readAbout(folder, ('.onnx',))
     if not about['onnx']:
         raise FileNotFoundError(f'{folder} has no ONNX files yet: deploy.exportOnnx writes them, where torch is.')
+    name = INT8 if about['onnx'].get('int8') else 'model.onnx'
+    return Network(about, [startSession(Path(folder, member['folder'], name), threads) for member in about['members']])
+
+
+def startSession(file, threads=None):
+    """Return a function that runs an ONNX file by onnxruntime: patches float32 (B, C, H, W) -> logits (B, K, H, W)."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
-    sessions = [
-        onnxruntime.InferenceSession(Path(folder, member['folder'], 'model.onnx'), options, ['CPUExecutionProvider'])
-        for member in about['members']
-    ]
-    return Network(about, [partial(runSession, session) for session in sessions])
+    return partial(runSession, onnxruntime.InferenceSession(file, options, ['CPUExecutionProvider']))
 
 
 def runSession(session, patches):
@@ -74,7 +77,7 @@ def runSession(session, patches):
 
 
 def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
-    """Segment one patient, as `engine.predict` does with the model of the same folder in float32.
+    """Segment one patient, as `engine.predict` does with the model of the folder in float32; or with 8-bit integers.
 
     Args:
         paths: a row of the file list, or a dict such as `{'t1ce': path, 't2': path, 'flair': path}`.

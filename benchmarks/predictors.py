@@ -2,7 +2,8 @@
 
     python -m benchmarks.predictors FOLDER PATIENT [THREADS]
 
-FOLDER is a model folder with ONNX files, PATIENT a folder of one patient. OpenVINO is timed if it is installed.
+FOLDER is a model folder with ONNX files, PATIENT a folder of one patient. 8-bit integers are timed if
+`deploy.quantizeOnnx` wrote them, OpenVINO if it is installed.
 """
 
 import functools
@@ -50,12 +51,16 @@ def _loadOpenvino(folder, threads, precision):
 
 def methodsFor(folder, paths, threads):
     """Return a dict of name -> function that returns the classes (D, W, H) of a patient."""
-    model, onnx = deploy.loadModel(folder), predictor.loadFolder(folder, threads)
+    model, about = deploy.loadModel(folder), predictor.loadFolder(folder, threads).about
     methods = {
         'torch float32': functools.partial(_predictByTorch, paths, model, None),
         'torch bfloat16': functools.partial(_predictByTorch, paths, model, torch.bfloat16),
-        'onnxruntime float32': functools.partial(predictor.predict, paths, onnx),
     }
+    kinds = {'float32': 'model.onnx', **({'int8': predictor.INT8} if about['onnx'].get('int8') else {})}
+    for kind, name in kinds.items():
+        files = [Path(folder, member['folder'], name) for member in about['members']]
+        network = predictor.Network(about, [predictor.startSession(file, threads) for file in files])
+        methods[f'onnxruntime {kind}'] = functools.partial(predictor.predict, paths, network)
     try:
         for precision in ('f32', 'bf16'):
             network = _loadOpenvino(folder, threads, precision)

@@ -254,6 +254,57 @@ def test_loadFolder_refusesAForeignOnnx(tmp_path):
         predictor.loadFolder(tmp_path / 'a')
 
 
+@pytest.fixture
+def exported(tmp_path):
+    """A model folder of two members with ONNX files, and the file list of two phantoms."""
+    pytest.importorskip('onnxruntime')
+    phantom.makeCases(tmp_path / 'data', 2, shape=(40, 44, 20))
+    deploy.packModel([writeCheckpoint('a.pt', 0), writeCheckpoint('b.pt', 1, ['sagittal'])], tmp_path / 'folder')
+    deploy.exportOnnx(tmp_path / 'folder')
+    return tmp_path / 'folder', patients.makeFileList(tmp_path / 'data')
+
+
+@pytest.mark.filterwarnings('ignore:The model is followed')
+def test_quantizeOnnx_isUsedAndCloseToFloat32(exported):
+    """The predictor then runs 8-bit integers: other probabilities, by a few hundredths; the loss is that by hand."""
+    folder, df = exported
+    case = df.iloc[1]
+    yhat, probability = predictor.predict(case, folder, probabilities=True)
+    loss = deploy.quantizeOnnx(folder, df)
+    found, values = predictor.predict(case, folder, probabilities=True)
+    assert 0 < np.abs(values - probability).mean() < 0.02 and np.mean(found == yhat) > 0.95
+    label = patients.readCase(case)[1].transpose(2, 0, 1)
+    before, after = (metrics.scorePatient(label, each)['dice'][['WT', 'TC', 'ET']].mean() for each in (yhat, found))
+    assert loss == pytest.approx(before - after, abs=1e-12)
+    assert sum(file.stat().st_size for file in folder.rglob('*.int8.onnx')) < 0.5 * sum(
+        file.stat().st_size for file in folder.rglob('model.onnx')
+    )
+    (folder / '2' / predictor.INT8).write_bytes((folder / '1' / predictor.INT8).read_bytes())
+    with pytest.raises(ValueError, match=r'2/model\.int8\.onnx was changed'):
+        predictor.loadFolder(folder)
+    deploy.exportOnnx(folder)
+    assert not list(folder.rglob('*.int8.onnx'))
+    np.testing.assert_array_equal(predictor.predict(case, folder, probabilities=True)[1], probability)
+
+
+@pytest.mark.filterwarnings('ignore:The model is followed')
+def test_quantizeOnnx_refusesALossAndLeavesTheFolder(exported, monkeypatch):
+    """A network that loses more than .002 of Dice is not written; one patient, and one without a truth, are refused."""
+    folder, df = exported
+    before = {file: file.read_bytes() for file in folder.rglob('*') if file.is_file()}
+    with pytest.raises(ValueError, match='there are 1'):
+        deploy.quantizeOnnx(folder, df[:1])
+    with pytest.raises(ValueError, match=f'{df.index[1]} has none'):
+        deploy.quantizeOnnx(folder, df.assign(seg=[df['seg'].iloc[0], None]))
+    losses = iter((0.0019, 0.0021))
+    monkeypatch.setattr(deploy, '_lossOf', lambda paths, network, other: next(losses))
+    assert deploy.quantizeOnnx(folder, df) == 0.0019
+    deploy.exportOnnx(folder)
+    with pytest.raises(RuntimeError, match=r'Dice falls by 0\.0021'):
+        deploy.quantizeOnnx(folder, df)
+    assert before == {file: file.read_bytes() for file in folder.rglob('*') if file.is_file()}
+
+
 def test_main_predictsAPatientWithOwnNames(tmp_path, paths, capsys):
     """Files of any name become a segmentation on their grid, with names and colors beside it."""
     pytest.importorskip('onnxruntime')

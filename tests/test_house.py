@@ -45,7 +45,8 @@ ROOMS = {
     'utils': '*',
     'train': 'config batched checkpoints cohort engine preprocess ranks utils',
     'card': 'atomic editions metrics subjects',
-    'deploy': 'config atomic card checkpoints components editions folders identity predictor recipe trained',
+    'deploy': 'config atomic card checkpoints components editions folders identity metrics patients predictor recipe '
+    'trained',
     'phantom': 'config atomic',
     'benchmarks': '*',
 }
