@@ -327,7 +327,9 @@ def _quantize(file, patches, other):
 
     folded = other.with_suffix('.folded.onnx')  # batch norms within their convolutions
     quant_pre_process(str(file), str(folded), skip_symbolic_shape=True)
-    quantization.quantize_static(str(folded), str(other), Reader(), per_channel=True)
+    options = {'activation_type': quantization.QuantType.QUInt8, 'weight_type': quantization.QuantType.QInt8}
+    # weights of 7 bits: processors without VNNI add two products in 16 bits, which 8 would overflow without a word
+    quantization.quantize_static(str(folded), str(other), Reader(), reduce_range=True, **options)
 
 
 def _lossOf(paths, network, other):
