@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import config
+import deploy
 import engine
 import patients
 import phantom
@@ -56,18 +57,19 @@ def test_crossValidation_testsEachPatientOnceInAFolderOfItsFold(home):
 
 
 @pytest.mark.filterwarnings('ignore:The model was trained on')
-def test_deploy_runsAsItIsWritten(home):
-    """A trained model becomes a folder that predicts by onnxruntime what torch predicts."""
+def test_deploy_runsAsItIsWritten(home, monkeypatch):
+    """A trained model becomes a folder that predicts by onnxruntime, in 8-bit integers, nearly what torch predicts."""
     pytest.importorskip('onnx')
     pytest.importorskip('onnxruntime')
     config.DATA_FOLDER = 'patients'
-    phantom.makeCases('patients', 1, shape=(40, 40, 16))
+    monkeypatch.setattr(deploy, 'LARGEST_LOSS', 1)  # one epoch decides little
+    phantom.makeCases('patients', 2, shape=(40, 40, 16))
     trainForOneEpoch(patients.makeFileList())
     names = {}
     for block in blocksOf('docs/deploy.md'):
         exec(block, names)
     found = predictor.predict(patients.makeFileList().iloc[0], 'glioma')
-    assert (found == names['yhat'].numpy()).mean() > 0.99
+    assert (found == names['yhat'].numpy()).mean() > 0.97
     assert (home / 'predictions' / 'BraTS2020_itksnap.txt').is_file()
 
 
@@ -84,7 +86,10 @@ def trainForOneEpoch(df):
 @pytest.mark.filterwarnings('ignore:The model was trained on')
 def test_readme_runsAsItIsWritten(home, monkeypatch):
     """After the demo, its blocks predict a patient, and segment, score and draw the patients that are no training."""
+    pytest.importorskip('onnx')
+    pytest.importorskip('onnxruntime')
     monkeypatch.setattr(config, 'DEMO', config.DEMO | {'DECODER_CHANNELS': (16, 8, 8)})
+    monkeypatch.setattr(deploy, 'LARGEST_LOSS', 1)  # one epoch decides little
     vars(config).update(config.DEMO)
     ids = phantom.makeCases(config.DATA_FOLDER, 3, shape=(40, 40, 16))
     trainForOneEpoch(utils.makeFileList()[:1])
@@ -95,6 +100,7 @@ def test_readme_runsAsItIsWritten(home, monkeypatch):
     plt.close('all')
     assert (home / 'BraTS20_Training_001.nii.gz').is_file() and (home / 'scores.png').is_file()
     assert sorted(set(names['table']['patient'])) == ids[1:]
+    assert predictor.loadFolder('glioma').about['onnx']['int8']['patients'] == 1
 
 
 def test_editions_readsADataSetOfItsOwn(home):
