@@ -382,7 +382,7 @@ def _casesOf(patients, about):
 
 def _compare(case, networks, file):
     """Return the largest difference of a probability of two networks; raise a RuntimeError if it matters."""
-    (yhat, probability), (other, values) = (segment(*case, network) for network in networks)
+    (yhat, probability), (other, values) = (segment(*case, network, probabilities=True) for network in networks)
     difference = float(np.abs(probability - values).max())
     first, second = np.sort(probability, axis=1)[:, -1], np.sort(probability, axis=1)[:, -2]
     isOther = (yhat != other) & (first - second > 2 * LARGEST_DIFFERENCE)

@@ -93,7 +93,7 @@ def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
         ValueError, FileNotFoundError: bad data, as in `patients.readCase`, such as a missing modality; or a bad folder.
     """
     network = folder if isinstance(folder, Network) else loadFolder(folder)
-    yhat, probability = segment(*prepare(paths, network.about), network, patchStride, mirror)
+    yhat, probability = segment(*prepare(paths, network.about), network, patchStride, mirror, probabilities)
     return (yhat, probability) if probabilities else yhat
 
 
@@ -118,21 +118,23 @@ def _imagesOf(paths, about):
     return {name: paths[name] for name in about['modalities'] if hasFile(paths, name)}
 
 
-def segment(x, isBrain, network, patchStride=None, mirror=False):
-    """Return the classes int64 (D, W, H) and probabilities float32 (D, K, W, H) of what `prepare` returned."""
+def segment(x, isBrain, network, patchStride=None, mirror=False, probabilities=False):
+    """Return the classes int64 (D, W, H) of what `prepare` returned; and probabilities float32 (D, K, W, H) or None."""
     numClasses = len(network.about['classes'])
-    yhat = np.zeros(isBrain.shape, np.int64)
-    probability = np.zeros((len(x), numClasses, *x.shape[2:]), np.float32)
-    probability[:, 0] = 1
+    yhat, probability = np.zeros(isBrain.shape, np.int64), None
+    if probabilities:
+        probability = np.zeros((len(x), numClasses, *x.shape[2:]), np.float32)
+        probability[:, 0] = 1
     if isBrain.any():
         box, total = boundingBox(isBrain), 0
         for member, run in zip(network.about['members'], network.members, strict=True):
             predictBatch = partial(_predictPatches, run, mirror, member['activation'])
             sums = _predictPlanes(x, isBrain, box, numClasses, member, predictBatch, patchStride)
             total = total + sums / len(member['planes'])
-        slices, *inSlice = box
         yhat[box] = total.argmax(1)
-        probability[slices, :, *inSlice] = total / len(network.members)
+        if probabilities:
+            slices, *inSlice = box
+            probability[slices, :, *inSlice] = total / len(network.members)
     return yhat, probability
 
 
