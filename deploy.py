@@ -271,12 +271,15 @@ def quantizeOnnx(folder, df):
         float, the loss of Dice; negative if the Dice rises.
 
     Raises:
-        FileNotFoundError, ValueError: as in `predictor.loadFolder`; fewer than two patients, or one without a truth.
+        FileNotFoundError, ValueError: as in `predictor.loadFolder`; fewer than two patients, or one without a truth;
+            other classes than those of `config`.
         RuntimeError: the loss is too large. The folder is as it was.
     """
     about = readAbout(folder, ('.onnx',))
     if not about['onnx']:
         raise FileNotFoundError(f'{folder} has no ONNX files yet: call exportOnnx first.')
+    if about['classes'] != list(config.CLASS_NAMES):  # the truth is read in the classes of config
+        raise ValueError(f'{folder} predicts {about["classes"]}, but config.CLASS_NAMES is {list(config.CLASS_NAMES)}.')
     lacking = [str(patient) for patient, paths in df.iterrows() if not hasFile(paths, 'seg')]
     if len(df) < 2 or lacking:
         found = f'{", ".join(lacking[:5])} has none' if lacking else f'there are {len(df)}'

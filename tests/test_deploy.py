@@ -296,6 +296,10 @@ def test_quantizeOnnx_refusesALossAndLeavesTheFolder(exported, monkeypatch):
         deploy.quantizeOnnx(folder, df[:1])
     with pytest.raises(ValueError, match=f'{df.index[1]} has none'):
         deploy.quantizeOnnx(folder, df.assign(seg=[df['seg'].iloc[0], None]))
+    config.NO_CLASSES = 5
+    with pytest.raises(ValueError, match=r"but config\.CLASS_NAMES is .*'resection cavity'"):
+        deploy.quantizeOnnx(folder, df)
+    config.NO_CLASSES = 4
     losses = iter((0.0019, 0.0021))
     monkeypatch.setattr(deploy, '_lossOf', lambda paths, network, other: next(losses))
     assert deploy.quantizeOnnx(folder, df) == 0.0019
