@@ -92,8 +92,11 @@ def _describeMember(member, checkpoint):
     lines = [f'- Member {member["folder"]}: {settings["model"]} with a {settings["ENCODER_NAME"]}.']
     lines.append(f'  Slices: {", ".join(member["planes"])}. Validated on {checkpoint["numValidated"]} patients.')
     if history:
-        best = min(history, key=lambda row: row['valLoss'])
-        lines.append(f'  {len(history)} epochs; lowest validation loss {best["valLoss"]:.4f} in epoch {best["epoch"]}.')
+        chosen = 'weights of the last one'
+        if checkpoint['numValidated']:
+            best = min(history, key=lambda row: row['valLoss'])
+            chosen = f'lowest validation loss {best["valLoss"]:.4f} in epoch {best["epoch"]}'
+        lines.append(f'  {len(history)} epochs; {chosen}.')
     recipe = ', '.join(f'{name} = {value}' for name, value in checkpoint['recipe'].items())
     lines.append(f'  Recipe: {recipe or "not recorded"}.')
     return '\n'.join(lines)

@@ -75,8 +75,9 @@ def hoursUsed():
 
 def _reasonToStop(epoch, longest):
     """Return why the training should stop before an epoch (from 0), or None; `longest` is in seconds."""
-    losses = [row['valLoss'] for row in _checkIsNext(epoch)]
-    numWorse = len(losses) - 1 - int(np.argmin(losses)) if losses else 0  # epochs since the best one
+    losses = np.array([row['valLoss'] for row in _checkIsNext(epoch)])
+    isValidated = not np.isnan(losses).all()
+    numWorse = len(losses) - 1 - int(np.nanargmin(losses)) if isValidated else 0  # epochs since the best one
     if config.PATIENCE is not None and numWorse >= config.PATIENCE:
         return f'the last {numWorse} did not improve the validation loss (config.PATIENCE = {config.PATIENCE})'
     if config.TIME_BUDGET is not None:
@@ -101,7 +102,7 @@ def makeCheckpoint(
     Args:
         epoch: the epoch that has just ended, counted from 0; the history counts from 1.
         model, optimizer, scheduler, scaler: as in `engine.train`; the scheduler may be None.
-        trainLoss, valLoss: losses of this epoch, per sample.
+        trainLoss, valLoss: losses of this epoch, per sample. None if nothing is validated: the last epoch is the best.
         bestValLoss: the best validation loss before this epoch; infinite at the start.
         average: moving average of the weights (`engine.makeAverage`). Without an optimizer, its weights are loaded.
         dice: dict of region to Dice of this epoch, as `engine.validate` returns it, for the history.
@@ -113,11 +114,11 @@ def makeCheckpoint(
         ValueError: the last checkpoint has the epoch already, or is of another run; it then stays as it is.
     """
     history = _checkIsNext(epoch, model)
-    trainLoss, valLoss = float(trainLoss), float(valLoss)
-    isBest = valLoss < bestValLoss
-    best = valLoss if isBest else float(bestValLoss)
-    # that of the epoch; the scheduler has already set the next one's
-    rate = float(getattr(optimizer, 'learnRate', optimizer.param_groups[0]['lr']))
+    isValidated = valLoss is not None
+    trainLoss, valLoss = float(trainLoss), float(valLoss) if isValidated else float('nan')
+    isBest = not isValidated or valLoss < bestValLoss
+    best = valLoss if isValidated and isBest else float(bestValLoss)
+    rate = float(getattr(optimizer, 'learnRate', optimizer.param_groups[0]['lr']))  # the epoch's
     row = {'epoch': int(epoch) + 1, 'trainLoss': trainLoss, 'valLoss': valLoss, 'learnRate': rate}
     history.append(row | {f'dice{region}': float(value) for region, value in (dice or {}).items()})
     checkpoint = {

@@ -175,7 +175,7 @@ def _checkIsSame(folder, about):
 def loadModel(folder):
     """Return the model of a folder, or the list of its members, on `config.DEVICE`, for `engine.predict`.
 
-    It needs no configuration, and nothing in the folder is executed.
+    It needs no configuration but `config.NO_CLASSES`, and nothing in the folder is executed.
 
     Args:
         folder: of `packModel`.

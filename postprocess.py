@@ -246,14 +246,17 @@ def _writeTable(scores, folder, about):
 
 
 def _writeSettings(folder, about):
-    """Write `settings.json`: how predictions were made, the values of `config`, and versions of libraries."""
+    """Write `settings.json`: how predictions were made, the values of `config`, and versions of libraries.
+
+    Editions of one's own, which are no plain values, are left out.
+    """
     names = [name for name in dir(config) if name.isupper() and not name.startswith('_')]
     isSet = {name: name in vars(config) for name in names}
     versions = {'python': platform.python_version(), 'torch': torch.__version__}
     versions |= {'torchio': tio.__version__, 'segmentation_models_pytorch': smp.__version__}
     settings = {
         'prediction': about,
-        'config': {name: getattr(config, name) for name in names if isSet[name]},
+        'config': {name: getattr(config, name) for name in names if isSet[name] and name != 'OWN_EDITIONS'},
         'found': {name: getattr(config, name) for name in names if not isSet[name]},
         'versions': versions,
     }

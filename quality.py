@@ -134,9 +134,9 @@ def fitQuality(disagreement, scores):
     """Return how disagreement tells the true Dice, region by region, from patients that the model has not seen.
 
     The Dice falls linearly with each measure of disagreement and never rises with one (non-negative least squares). The
-    interval holds the Dice of a new patient with the probability `config.QUALITY_LEVEL`: its reach is that quantile of
-    the errors for patients that were left out of the fit, one subject at a time (conformal prediction). Errors count in
-    relation to 1.05 minus the estimate, so that doubtful patients have wider intervals than sure ones.
+    interval holds the Dice of a new patient with about the probability `config.QUALITY_LEVEL`: its reach is that
+    quantile of the errors for patients left out of the fit, one subject at a time (jackknife). Errors count in relation
+    to 1.05 minus the estimate, so that doubtful patients have wider intervals than sure ones.
 
     Args:
         disagreement: DataFrame with `patient`, `region` and the columns of `describeDisagreement`, as
@@ -145,15 +145,15 @@ def fitQuality(disagreement, scores):
             that are in only one of both tables are left out and counted.
 
     Returns:
-        dict of plain values, see `writeFit`: `level`, `planes`, and for each region `measures`, `intercept`, `slopes`,
-        `reach`, `patients`. A region is fitted if at least five patients, of two or more subjects, have it in their
-        prediction.
+        dict of plain values, see `writeFit`: `level`, `planes`, `regions`. The last is a dict of region -> `measures`,
+        `intercept`, `slopes`, `reach`, `patients`. A region is fitted if at least five patients, of two or more
+        subjects, have it in their prediction.
 
     Raises:
         ValueError: no region can be fitted; a patient is there twice; or predictions were made of different planes.
 
     Reference:
-        Lei et al., Distribution-free predictive inference for regression (arXiv:1604.04173), section 5.2.
+        Lei et al., Distribution-free predictive inference for regression (arXiv:1604.04173), sections 2.4 and 5.2.
     """
     table = _join(disagreement, scores)
     fit = _fitRegions(table)
@@ -343,7 +343,7 @@ def summarizeQuality(crossed):
 
 
 def findSuspiciousTruth(crossed):
-    """Return the patients whose Dice is lower than members and planes, who agree, explain: look at their truth first.
+    """Return the patients whose Dice lies below its interval, though planes and members agree: look at them first.
 
     Either the true segmentation is wrong, or the model is surely wrong, which is worth a look too.
 

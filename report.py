@@ -52,7 +52,7 @@ def writeReport(folder, dataframe=None, file=None):
 
     Raises:
         FileNotFoundError: the folder does not exist, or neither it nor the dataframe has a patient.
-        ValueError: `quality.csv` lacks a column.
+        ValueError: `quality.csv` lacks a column or has a value that is no number; or as in `patients.makeFileList`.
     """
     place, upload = _placesOf(folder)
     df, numOthers = _listCases(upload, dataframe)

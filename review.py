@@ -38,7 +38,11 @@ WARNINGS = {  # kind -> what it means
 
 
 def readQuality(place):
-    """Return the table of a folder's `quality.csv` and the time it was written; None, 0 if there is none."""
+    """Return the table of a folder's `quality.csv` and the time it was written; None, 0 if there is none.
+
+    Raises:
+        ValueError: it lacks a column, or a value is no number.
+    """
     file = place / 'quality.csv'
     if not file.is_file():
         return None, 0

@@ -38,7 +38,7 @@ def trainModel(traindf, valdf=None, tell=print):
     """Train the network that `config` describes, as the notebook does, and return the path of its best weights.
 
     A stopped run goes on where it was, and ends with the weights of an uninterrupted one. Under torchrun all ranks
-    train one network: `config.BATCHSIZE` is that of all ranks together, and the losses equal those of one process.
+    train one network: `config.BATCHSIZE` is that of all ranks together, and the batches are those of one process.
 
     Args:
         traindf: file list of the patients to train on.
@@ -79,12 +79,12 @@ def trainModel(traindf, valdf=None, tell=print):
         loss = engine.train(shared, criterion, optimizer, scaler, trainLoader, augment, scheduler, average)
         loss /= batches.numSamples
         if valLoader is None:
-            valLoss, dice, best = loss, None, float('inf')  # the last epoch counts as the best
+            valLoss = dice = None
         else:
             valLoss, dice = engine.validate(average or model, criterion, valLoader, dice=True)
             valLoss /= numVal
         if config.SCHEDULE == 'plateau':
-            scheduler.step(valLoss)
+            scheduler.step(loss if valLoss is None else valLoss)
         best = _save(epoch, run, loss, valLoss, best, average, dice, tell)
     for dataset in (trainSet, valSet):
         if dataset is not None:
@@ -115,10 +115,10 @@ def trainMembers(df, members, devices=None):
 
     Args:
         df: file list.
-        members: list of dicts. `{'fold': 0, 'of': 5}` is trained on fold 0 of `utils.splitFolds(df, 5)`; without a
-            fold, a member is trained and validated on the first two sets of `utils.split(df)`, the same for all.
-            `{'plane': 'coronal'}` learns slices of one plane, `{'seed': 1}` draws other weights and patches. Other
-            keys are names of `config`.
+        members: list of dicts. `{'fold': 0, 'of': 5}` is trained on fold 0 of `utils.splitFolds(df, 5)`. Without a
+            fold, a member is trained and validated on the first two sets of `utils.split(df)`, the same for all, which
+            are written to `split.json` in `config.OUTPUT_FOLDER`. `{'plane': 'coronal'}` learns slices of one plane,
+            `{'seed': 1}` draws other weights and patches. Other keys are names of `config`.
         devices: names such as `['cuda:0', 'cuda:1']`; one may be named several times. Default: all GPUs if
             `config.DEVICE` is 'cuda', else `config.DEVICE`.
 
@@ -166,6 +166,8 @@ def _valuesOf(member, name):
     own = {key: value for key, value in member.items() if key not in ('fold', 'of')}
     if ('fold' in member) != ('of' in member):
         raise ValueError(f"The member {name} needs both 'fold' and 'of', such as {{'fold': 0, 'of': 5}}.")
+    if 'fold' in member and not 0 <= member['fold'] < member['of']:
+        raise ValueError(f'The member {name} is no fold: 0 to {member["of"] - 1} of {member["of"]} were expected.')
     if 'plane' in own:
         own['PLANES'] = (own.pop('plane'),)
     if 'seed' in own:

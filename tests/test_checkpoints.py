@@ -96,6 +96,17 @@ def test_epochs_readsTheCheckpointAfterEveryEpoch(capsys):
     assert 'Stopped after 5 of 20 epochs: the last 3 did not improve' in capsys.readouterr().out
 
 
+def test_epochs_ignoresPatienceWithoutValidation():
+    """Where nothing is validated no epoch is worse: all are run, and the last one is the best."""
+    config.EPOCHS, config.PATIENCE = 6, 2
+    for epoch in checkpoints.epochs(0):
+        best = checkpoints.makeCheckpoint(epoch, *makeRun(), 1 + epoch, None, INFINITE)
+        assert best == INFINITE
+        assert Path(config.BEST_CHECKPOINT).read_bytes() == Path(config.LAST_CHECKPOINT).read_bytes()
+    history = checkpoints.readHistory()
+    assert history['epoch'].tolist() == [1, 2, 3, 4, 5, 6] and history['valLoss'].isna().all()
+
+
 def test_epochs_stopsBeforeTheTimeBudgetIsSpent(monkeypatch, capsys):
     """Epochs of one hour that start half an hour after the process fit three times, not four, into 3.6 hours."""
     start, now = psutil.Process().create_time(), 1800.0

@@ -10,6 +10,7 @@ import torch
 from scipy import ndimage
 
 import config
+import editions
 import metrics
 import patients
 import phantom
@@ -251,6 +252,7 @@ def makeUnet():
 
 def test_predictFolder_writesSegmentationsScoresAndSettings(df, tmp_path):
     """Each patient gets a NIfTI and maps; scores.csv holds those with a truth; scoreFolder finds the same scores."""
+    config.OWN_EDITIONS = {'Clinic': editions.Edition(r'case\d+', {'flair': ('flair',)}, {0: 0})}
     table = postprocess.predictFolder(df, makeUnet(), tmp_path / 'out', patchStride=24, probabilities=True)
     ids = list(df.index)
     assert sorted(path.name for path in (tmp_path / 'out' / 'upload').iterdir()) == [f'{name}.nii.gz' for name in ids]
@@ -266,6 +268,7 @@ def test_predictFolder_writesSegmentationsScoresAndSettings(df, tmp_path):
     )
     assert settings['config']['PATCH_SIZE'] == 32 and settings['found']['TRAIN_FILE'].endswith('train.h5')
     assert settings['versions']['torch'] == torch.__version__
+    assert 'OWN_EDITIONS' not in settings['config']  # more_scores.ipynb takes these values, and would take it as text
     pd.testing.assert_frame_equal(postprocess.scoreFolder(df, tmp_path / 'out' / 'upload'), table)
 
 

@@ -126,6 +126,7 @@ def test_trainMembers_goOnAfterOneWasKilledAndOneFailed(df):
     [
         ([{'seed': 1}, {'seed': 1}], 'Two members are seed-1'),
         ([{'fold': 1}], "needs both 'fold' and 'of'"),
+        ([{'fold': 5, 'of': 5}], 'no fold: 0 to 4 of 5 were expected'),
         ([{'EPOCH': 1}], 'config has no EPOCH; the nearest names are EPOCHS'),
     ],
 )
