@@ -25,7 +25,7 @@ from editions import labelsFrom
 from folders import FORMAT, hashFile, readAbout, writeAbout
 from identity import SEEN, configured, differences
 from patients import hasFile, readCase
-from predictor import INT8, Network, prepare, runSession, segment, startSession
+from predictor import INT8, Network, loadFolder, prepare, runSession, segment, startSession
 from recipe import buildModel
 from trained import asEarlier
 
@@ -275,9 +275,8 @@ def quantizeOnnx(folder, df):
             other classes than those of `config`.
         RuntimeError: the loss is too large. The folder is as it was.
     """
-    about = readAbout(folder, ('.onnx',))
-    if not about['onnx']:
-        raise FileNotFoundError(f'{folder} has no ONNX files yet: call exportOnnx first.')
+    network = loadFolder(folder, name='model.onnx')
+    about = network.about
     if about['classes'] != list(config.CLASS_NAMES):  # the truth is read in the classes of config
         raise ValueError(f'{folder} predicts {about["classes"]}, but config.CLASS_NAMES is {list(config.CLASS_NAMES)}.')
     lacking = [str(patient) for patient, paths in df.iterrows() if not hasFile(paths, 'seg')]
@@ -287,10 +286,10 @@ def quantizeOnnx(folder, df):
     files = [Path(folder, member['folder'], 'model.onnx') for member in about['members']]
     with tempfile.TemporaryDirectory() as place:
         written = [Path(place, f'{number}.onnx') for number in range(len(files))]
-        for member, file, other in zip(about['members'], files, written, strict=True):
-            _quantize(file, _seenPatches({**about, 'members': [member]}, file, df[::2]), other)
-        pair = [Network(about, [startSession(file) for file in each]) for each in (files, written)]
-        loss = float(np.mean([_lossOf(paths, *pair) for _, paths in df[1::2].iterrows()]))
+        for file, patches, other in zip(files, _seenPatches(network, df[::2]), written, strict=True):
+            _quantize(file, patches, other)
+        quantized = Network(about, [startSession(file) for file in written])
+        loss = float(np.mean([_lossOf(paths, network, quantized) for _, paths in df[1::2].iterrows()]))
         if not loss <= LARGEST_LOSS:
             raise RuntimeError(
                 f'{folder}: with 8-bit integers the mean Dice falls by {loss:.4f}; they are not written.'
@@ -304,16 +303,17 @@ def quantizeOnnx(folder, df):
     return loss
 
 
-def _seenPatches(about, file, df):
-    """Return one of the patches float32 (1, C, H, W) of each batch that a network runs when it segments patients."""
-    run, seen = startSession(file), []
+def _seenPatches(network, df):
+    """Return, for each member, one of the patches float32 (1, C, H, W) of each batch that it runs on patients."""
+    seen = [[] for _ in network.members]
 
-    def runAndKeep(patches):
-        seen.append(patches[:1])
+    def runAndKeep(run, kept, patches):
+        kept.append(patches[:1].copy())  # without the rest of its batch
         return run(patches)
 
+    runs = [partial(runAndKeep, *pair) for pair in zip(network.members, seen, strict=True)]
     for _, paths in df.iterrows():
-        segment(*prepare(paths, about), Network(about, [runAndKeep]))
+        segment(*prepare(paths, network.about), Network(network.about, runs))
     return seen
 
 

@@ -44,12 +44,13 @@ class Network(NamedTuple):
     members: list  # a callable for each: patches float32 (B, C, H, W) -> logits (B, K, H, W)
 
 
-def loadFolder(folder, threads=None):
+def loadFolder(folder, threads=None, name=None):
     """Return the networks of a model folder, so that many patients can be predicted without loading it each time.
 
     Args:
         folder: of `deploy.packModel`, after `deploy.exportOnnx`; after `deploy.quantizeOnnx` with 8-bit integers.
         threads: of onnxruntime; None: all cores.
+        name: of the members' ONNX files; None: `INT8` where it is, else 'model.onnx'.
 
     Raises:
         FileNotFoundError, ValueError: as in `folders.readAbout`; or there is no ONNX file.
@@ -57,7 +58,7 @@ def loadFolder(folder, threads=None):
     about = readAbout(folder, ('.onnx',))
     if not about['onnx']:
         raise FileNotFoundError(f'{folder} has no ONNX files yet: deploy.exportOnnx writes them, where torch is.')
-    name = INT8 if about['onnx'].get('int8') else 'model.onnx'
+    name = name or (INT8 if about['onnx'].get('int8') else 'model.onnx')
     return Network(about, [startSession(Path(folder, member['folder'], name), threads) for member in about['members']])
 
 

@@ -51,16 +51,15 @@ def _loadOpenvino(folder, threads, precision):
 
 def methodsFor(folder, paths, threads):
     """Return a dict of name -> function that returns the classes (D, W, H) of a patient."""
-    model, about = deploy.loadModel(folder), predictor.loadFolder(folder, threads).about
+    model, onnx = deploy.loadModel(folder), predictor.loadFolder(folder, threads, 'model.onnx')
     methods = {
         'torch float32': functools.partial(_predictByTorch, paths, model, None),
         'torch bfloat16': functools.partial(_predictByTorch, paths, model, torch.bfloat16),
+        'onnxruntime float32': functools.partial(predictor.predict, paths, onnx),
     }
-    kinds = {'float32': 'model.onnx', **({'int8': predictor.INT8} if about['onnx'].get('int8') else {})}
-    for kind, name in kinds.items():
-        files = [Path(folder, member['folder'], name) for member in about['members']]
-        network = predictor.Network(about, [predictor.startSession(file, threads) for file in files])
-        methods[f'onnxruntime {kind}'] = functools.partial(predictor.predict, paths, network)
+    if onnx.about['onnx'].get('int8'):
+        int8 = predictor.loadFolder(folder, threads)
+        methods['onnxruntime int8'] = functools.partial(predictor.predict, paths, int8)
     try:
         for precision in ('f32', 'bf16'):
             network = _loadOpenvino(folder, threads, precision)
