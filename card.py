@@ -92,11 +92,7 @@ def _describeMember(member, checkpoint):
     lines = [f'- Member {member["folder"]}: {settings["model"]} with a {settings["ENCODER_NAME"]}.']
     lines.append(f'  Slices: {", ".join(member["planes"])}. Validated on {checkpoint["numValidated"]} patients.')
     if history:
-        chosen = 'weights of the last one'
-        if checkpoint['numValidated']:
-            best = min(history, key=lambda row: row['valLoss'])
-            chosen = f'lowest validation loss {best["valLoss"]:.4f} in epoch {best["epoch"]}'
-        lines.append(f'  {len(history)} epochs; {chosen}.')
+        lines.append(f'  Weights after epoch {history[-1]["epoch"]}.')
     recipe = ', '.join(f'{name} = {value}' for name, value in checkpoint['recipe'].items())
     lines.append(f'  Recipe: {recipe or "not recorded"}.')
     return '\n'.join(lines)

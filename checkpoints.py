@@ -3,11 +3,11 @@
 import io
 import random
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import segmentation_models_pytorch as smp
 import torch
 
@@ -15,7 +15,7 @@ import config
 from atomic import writeAtomically
 from identity import CUT, SEEN, differences, patientDifferences, plain, readIdentity
 from ranks import numRanks
-from recipe import buildModel
+from recipe import buildModel, hoursUsed
 from trained import asEarlier, bare, identityOf
 
 FORMAT = 3  # of a checkpoint; raised when its layout changes. In format 1 the history counts epochs from 0
@@ -28,9 +28,10 @@ _RECIPE = (  # numbers that must not change within a run
 def epochs(start):
     """Yield the numbers of the epochs to run, and stop early, with a message, if there is a reason.
 
-    Reasons are: the last `config.PATIENCE` epochs did not improve the validation loss; or the next epoch, if it takes
-    as long as the longest so far, would not end within `config.TIME_BUDGET` hours of the start of this process. Nothing
-    is lost by stopping: a resumed run reaches the weights of an uninterrupted one.
+    A learning rate that decays by the step ('poly') stops with its schedule, which `engine.train` fits to the time of
+    `config.TIME_BUDGET`. A run of another schedule stops if the next epoch, if it takes as long as the longest so far,
+    would not end within `config.TIME_BUDGET` hours of the start of this process; it can be resumed and then reaches the
+    weights of an uninterrupted one. Any run stops when `config.PATIENCE` epochs did not improve the validation loss.
 
     Args:
         start: the first epoch to run, counted from 0, as `loadCheckpoint` returns it.
@@ -51,35 +52,20 @@ def epochs(start):
         begin = time.monotonic()
         yield epoch
         longest = max(longest, time.monotonic() - begin)
-        if epoch == start:
-            _tellHowManyFit(epoch + 1, longest)
-
-
-def _tellHowManyFit(done, seconds):
-    """Print, after the first epoch, how many epochs fit into the time, if they are fewer than planned."""
-    if config.TIME_BUDGET is None or config.SCHEDULE != 'poly':
-        return
-    numFitting = done + int((config.TIME_BUDGET - hoursUsed()) * 3600 / seconds)
-    if numFitting < config.EPOCHS:
-        print(
-            f'About {numFitting} of {config.EPOCHS} epochs fit into the {config.TIME_BUDGET} hours of '
-            'config.TIME_BUDGET: the learning rate will still be high when time is up. Resume in another session, or '
-            f'begin anew with config.EPOCHS = {numFitting}.'
-        )
-
-
-def hoursUsed():
-    """Return the hours since this process started."""
-    return (time.time() - psutil.Process().create_time()) / 3600
 
 
 def _reasonToStop(epoch, longest):
     """Return why the training should stop before an epoch (from 0), or None; `longest` is in seconds."""
-    losses = np.array([row['valLoss'] for row in _checkIsNext(epoch)])
-    isValidated = not np.isnan(losses).all()
-    numWorse = len(losses) - 1 - int(np.nanargmin(losses)) if isValidated else 0  # epochs since the best one
+    checkpoint = _checkIsNext(epoch)
+    losses = np.array([row['valLoss'] for row in checkpoint['history']]) if checkpoint else np.array([])
+    numWorse = len(losses) - 1 - int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0  # since the best one
     if config.PATIENCE is not None and numWorse >= config.PATIENCE:
         return f'the last {numWorse} did not improve the validation loss (config.PATIENCE = {config.PATIENCE})'
+    if config.SCHEDULE == 'poly':
+        state = (checkpoint and checkpoint['scheduler']) or {}
+        if state.get('numSteps', 1) < state.get('planned', 1) and state['last_epoch'] >= state['numSteps']:
+            return f'{state["numSteps"]} of {state["planned"]} steps fit into the time, and the learning rate is 0 now'
+        return None
     if config.TIME_BUDGET is not None:
         used = hoursUsed()
         if used + longest / 3600 > config.TIME_BUDGET:
@@ -113,7 +99,8 @@ def makeCheckpoint(
     Raises:
         ValueError: the last checkpoint has the epoch already, or is of another run; it then stays as it is.
     """
-    history = _checkIsNext(epoch, model)
+    before = _checkIsNext(epoch, model)
+    history = before['history'] if before else []
     isValidated = valLoss is not None
     trainLoss, valLoss = float(trainLoss), float(valLoss) if isValidated else float('nan')
     isBest = not isValidated or valLoss < bestValLoss
@@ -153,9 +140,9 @@ def makeCheckpoint(
 
 
 def _checkIsNext(epoch, model=None):
-    """Return the last checkpoint's history; raise a ValueError if it is another run, or goes on at another epoch."""
+    """Return the last checkpoint or None; raise a ValueError if it is another run, or goes on at another epoch."""
     if not Path(config.LAST_CHECKPOINT).exists():
-        return []
+        return None
     try:
         checkpoint = readCheckpoint(config.LAST_CHECKPOINT, mmap=True)  # the weights stay on the disk
     except ValueError:  # damaged, or on a disk without memory mapping
@@ -169,14 +156,16 @@ def _checkIsNext(epoch, model=None):
         )
     if model is not None and checkpoint['identity'] and identityOf(model):
         _checkPatients(config.LAST_CHECKPOINT, checkpoint['identity'], identityOf(model), 'the model')
-    return checkpoint['history']
+    return checkpoint
 
 
 def loadModel(path):
     """Return the model of a checkpoint, on `config.DEVICE`. It needs no configuration: `engine.predict` follows it.
 
+    A warning says so if the learning rate had not fallen to 0 yet: these are not the final weights of the training.
+
     Args:
-        path: `config.BEST_CHECKPOINT`, or a file that was made elsewhere.
+        path: `config.RESULT_CHECKPOINT`, or a file that was made elsewhere.
 
     Returns:
         smp model with the `identity` of its training. It may be trained on: its patients are remembered.
@@ -199,6 +188,7 @@ def loadModel(path):
     _checkWeights(path, weights, model.state_dict())
     model.load_state_dict(weights)
     model.identity = asEarlier(checkpoint['identity'])
+    _warnOfEarlyWeights(path, checkpoint)
     return model
 
 
@@ -212,7 +202,7 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
     Args:
         model, optimizer, scheduler, scaler: as in `makeCheckpoint`; changed in place. All but the model may be None.
         average: as in `makeCheckpoint`, to resume.
-        path: `config.LAST_CHECKPOINT` to resume, `config.BEST_CHECKPOINT` to test. Only tensors and plain values are
+        path: `config.LAST_CHECKPOINT` to resume, `config.RESULT_CHECKPOINT` to test. Only tensors and plain values are
             loaded, so a file from elsewhere cannot run code.
 
     Returns:
@@ -256,8 +246,22 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
         scheduler.load_state_dict(checkpoint['scheduler'])
     if scaler is not None and scaler.is_enabled() and checkpoint['scaler']:  # the state of a disabled one is empty
         scaler.load_state_dict(checkpoint['scaler'])
+    if optimizer is None:
+        _warnOfEarlyWeights(path, checkpoint)
     losses = (checkpoint[name] for name in ('trainLoss', 'valLoss', 'bestValLoss'))
     return model, optimizer, scheduler, scaler, checkpoint['nextEpoch'], *losses
+
+
+def _warnOfEarlyWeights(path, checkpoint):
+    """Warn if the schedule of a checkpoint's training had not reached its end."""
+    state = checkpoint['scheduler'] or {}
+    if state.get('last_epoch', 0) < state.get('numSteps', 0):
+        warnings.warn(
+            f'{path} has the weights after epoch {checkpoint["nextEpoch"]} of {checkpoint["epochs"]}, step '
+            f'{state["last_epoch"]} of {state["numSteps"]}: the learning rate had not fallen to 0 yet. Final weights '
+            'score better; config.RESULT_CHECKPOINT holds them when the training has ended.',
+            stacklevel=3,
+        )
 
 
 def _tellFreshStart(path, optimizer):

@@ -12,7 +12,7 @@ EDITION = None  # e.g. 'BraTS2020' if file names do not say the edition; None: d
 OWN_EDITIONS = {}  # name -> editions.Edition of a data set of your own, see docs/editions.md
 MODALITIES = ('t1ce', 't2', 'flair')  # the model's channels, in this order; t1 adds little
 SEED = 0  # of the split, the background patches and the training
-VAL_FRACTION = 0.15  # of the patients with a segmentation; used to choose the best epoch
+VAL_FRACTION = 0.15  # of the patients with a segmentation; scored after each epoch
 TEST_FRACTION = 0.15  # of the same; used once, at the end
 
 # Patches. TRAIN_FILE and VAL_FILE lie in OUTPUT_FOLDER.
@@ -59,8 +59,10 @@ ENCODER_DEPTH = 5
 DECODER_CHANNELS = (256, 128, 64, 32, 16)
 NO_CLASSES = 4  # 5: the resection cavity is class 4, not background; 2: all tumor is class 1
 
-# Training. DEVICE ('cuda', 'mps' or 'cpu') is found by trying it when first read. TIME_BUDGET, the hours from the start
-# of the process after which training stops, is 8.5 on Kaggle, where sessions end after 9 or 12 hours, else None.
+# Training. DEVICE ('cuda', 'mps' or 'cpu') is found by trying it when first read. TIME_BUDGET is the hours from the
+# start of the process in which training has to end: 8.5 on Kaggle, where sessions end after 9 or 12 hours, else None.
+# If not all steps fit, a 'poly' schedule ends sooner; a run with 'plateau' stops and can be resumed. PATIENCE is the
+# number of epochs without a better validation loss after which training stops: 10 for 'plateau', None for 'poly'.
 LOSS = 'dice+ce'  # or 'focal', the document's
 LOSS_GAMMA = 2.0  # of the focal loss: larger values weigh easy pixels less
 LEARN_RATE = 1e-3  # of Adam, at most
@@ -72,10 +74,11 @@ POLY_POWER = 0.9  # of the decay; 1 is a straight line
 SCHEDULER_FACTOR = 0.5  # of 'plateau': the learning rate is multiplied by it
 SCHEDULER_PATIENCE = 3  # of 'plateau': epochs without a better validation loss before the rate falls
 AVERAGE = 0.05  # of all steps: the moving average of the weights reaches back so far; 0: no average
-EPOCHS = 30  # at most
-PATIENCE = 10  # epochs without a better validation loss after which training stops; None: never
+EPOCHS = 30
 
-# Checkpoints: LAST_CHECKPOINT and BEST_CHECKPOINT lie in OUTPUT_FOLDER, and so does history.csv.
+# Checkpoints: LAST_CHECKPOINT and BEST_CHECKPOINT (the lowest validation loss) lie in OUTPUT_FOLDER, and so does
+# history.csv. RESULT_CHECKPOINT is the one to predict with: the last one of 'poly', whose rate has fallen to 0, and the
+# best one of 'plateau'.
 
 # Prediction
 PREDICT_BATCH = 64  # patches of PATCH_SIZE x PATCH_SIZE per forward pass; bounds the memory
@@ -200,6 +203,10 @@ _FOUND = {
     'TIME_BUDGET': lambda: 8.5 if Path('/kaggle/working').is_dir() else None,
     'LAST_CHECKPOINT': _inOutputFolder('last.pt'),
     'BEST_CHECKPOINT': _inOutputFolder('best.pt'),
+    'RESULT_CHECKPOINT': lambda: getattr(
+        sys.modules[__name__], 'BEST_CHECKPOINT' if SCHEDULE == 'plateau' else 'LAST_CHECKPOINT'
+    ),
+    'PATIENCE': lambda: 10 if SCHEDULE == 'plateau' else None,
 }
 
 

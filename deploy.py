@@ -45,7 +45,7 @@ def packModel(checkpoints, folder, df=None, scores=None, rules=None):
     written.
 
     Args:
-        checkpoints: path of a checkpoint such as `config.BEST_CHECKPOINT`, or a list of them, the members of an
+        checkpoints: path of a checkpoint such as `config.RESULT_CHECKPOINT`, or a list of them, the members of an
             ensemble.
         folder: to write.
         df: file list with the patients of the training, so that the card tells their grades.

@@ -9,13 +9,24 @@ from types import NoneType
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 
 import config
 from parallel import leaveOut
 from patients import maskFunction, patientOf, readCase, spacingOf
 from ranks import sumOverRanks
-from recipe import autocast, availableWeights, makeAverage, makeCriterion, makeModel, makeScheduler, precision
+from recipe import (
+    MovingAverage,
+    PolySchedule,
+    autocast,
+    availableWeights,
+    makeAverage,
+    makeCriterion,
+    makeModel,
+    makeScheduler,
+    precision,
+)
 from trained import bare, followAll, identityOf, membersFor, membersOf, noteTraining, noteValidation, warnOfTrained
 from transforms import transformVolume
 from volumes import PLANES, boundingBox, planWindows, warnOfUnfit, withChannels
@@ -55,19 +66,29 @@ def train(model, criterion, optimizer, scaler, loader, transform=None, scheduler
         scaler: torch.amp.GradScaler; has no effect if it is disabled.
         loader: yields batches of (image, label), as a DataLoader over a `utils.BRATSDataset` does.
         transform: `batched.Batched` or another callable, applied to (image, label) of each batch on the device.
-        scheduler: stepped after each batch, unless it is a ReduceLROnPlateau, which waits for a validation loss.
+        scheduler: stepped after each batch, unless it is a ReduceLROnPlateau, which waits for a validation loss. One of
+            `makeScheduler` that decays by the step ends the epoch with its last step, and ends sooner if the time of
+            `config.TIME_BUDGET` is short.
         average: of `makeAverage`; updated after each batch.
 
     Returns:
-        float; divided by the number of samples it is the epoch's loss.
+        float; divided by the number of samples it is the epoch's loss. If the schedule ends within the epoch, the
+        batches that are left out count as the mean of the others.
 
     Raises:
         FloatingPointError: a loss is not finite; batch and learning rate are named. Checkpoints are untouched.
-        ValueError: the loader yields no batch, or the model has been trained on other patients, files or settings.
+        ValueError: the loader yields no batch, or the model has been trained on other patients, files or settings, or
+            the schedule has ended before.
     """
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group['params']):
         raise ValueError('The optimizer has none of the parameters of the model: make it after the model, from it.')
+    schedule = scheduler if isinstance(scheduler, PolySchedule) else None
+    if schedule is not None and schedule.hasEnded:
+        raise ValueError(
+            f'The schedule has ended after {schedule.numSteps} steps, and the learning rate is 0: the training is '
+            'complete. `utils.epochs` stops there; for a longer training, begin a new run.'
+        )
     noteTraining(model, getattr(loader, 'dataset', None), criterion)
     if getattr(loader, 'persistent_workers', False):
         print('persistent_workers = True: a resumed run will differ from an uninterrupted one.')
@@ -90,13 +111,15 @@ def train(model, criterion, optimizer, scaler, loader, transform=None, scheduler
         if isStepped:
             scheduler.step()
         if average is not None:
+            if schedule is not None and isinstance(average, MovingAverage):
+                average.numSteps = schedule.numSteps
             average.update_parameters(bare(model))
         return loss.detach()
 
     rate = ', '.join(f'{group["lr"]:.2e}' for group in optimizer.param_groups)
     with warnings.catch_warnings():  # torch warns if the scaler skips the very first step
         warnings.filterwarnings('ignore', 'Detected call of .lr_scheduler.step')
-        return _runEpoch('train', step, loader, device, transform, f' at learning rate {rate}')
+        return _runEpoch('train', step, loader, device, transform, f' at learning rate {rate}', schedule)
 
 
 def validate(model, criterion, loader, dice=False):
@@ -111,8 +134,9 @@ def validate(model, criterion, loader, dice=False):
 
     Returns:
         float; divided by the number of samples it is the epoch's loss. With `dice`, also a dict of WT, TC and ET (those
-        that `config.REGIONS` has) to their Dice, a micro average over the pixels of all patches; 1 if a region is
-        neither there nor predicted.
+        that `config.REGIONS` has) to their Dice: of the pixels of each patient's patches, then the mean over patients
+        (macro average); 1 if a region is neither there nor predicted. Where the loader does not tell which patient a
+        patch is of (it shuffles, or its dataset is not a `utils.BRATSDataset`), all patches count as one patient.
 
     Raises:
         FloatingPointError: a loss is not finite; the batch is named.
@@ -120,28 +144,49 @@ def validate(model, criterion, loader, dice=False):
     """
     noteValidation(model, getattr(loader, 'dataset', None))
     model.to(memory_format=torch.channels_last).eval()  # not in inference_mode: converted there, weights cannot train
-    classes, device = config.NO_CLASSES, _deviceOf(model)
-    counts = torch.zeros(classes**2, dtype=torch.int64, device=device)  # pixels of each (true, predicted) class
+    classes, device, patients = config.NO_CLASSES, _deviceOf(model), _patientsOf(loader)
+    numPatients = 1 if patients is None else int(patients.max()) + 1
+    # pixels of each (patient, true class, predicted class)
+    counts = torch.zeros(numPatients * classes**2, dtype=torch.int64, device=device)
+    numSeen = 0
 
     def step(image, label):
+        nonlocal numSeen
         logits = _logits(model, image)
-        if dice:  # argmax takes ten times as long as max
-            pairs = label * classes + logits.max(1).indices
-            counts.add_(torch.bincount(pairs.flatten(), minlength=classes**2))
+        if dice:
+            own = 0 if patients is None else patients[numSeen : numSeen + len(label), None, None].to(device)
+            # argmax takes ten times as long as max
+            place = (own * classes + label) * classes + logits.max(1).indices
+            counts.add_(torch.bincount(place.flatten(), minlength=len(counts)))
+            numSeen += len(label)
         return criterion(logits, label)
 
     with torch.inference_mode():
         loss = _runEpoch('validate', step, loader, device)
-    return (loss, _diceOf(sumOverRanks(counts.reshape(classes, classes).cpu()))) if dice else loss
+    return (loss, _diceOf(sumOverRanks(counts.reshape(-1, classes, classes).cpu()))) if dice else loss
+
+
+def _patientsOf(loader):
+    """Return the number of the patient of each sample of a loader, int64, in its order; None if that is not known."""
+    dataset, batches = getattr(loader, 'dataset', None), getattr(loader, 'batch_sampler', None)
+    isOrdered = isinstance(batches, list) or isinstance(getattr(batches, 'sampler', None), SequentialSampler)
+    indices = [index for batch in batches for index in batch] if isOrdered else None
+    if isinstance(dataset, torch.utils.data.Subset):
+        indices = [dataset.indices[index] for index in indices or ()]
+        dataset = dataset.dataset
+    numbers = getattr(dataset, 'patientNumbers', None)
+    return None if numbers is None or not indices else torch.from_numpy(numbers.astype('int64'))[indices]
 
 
 def _diceOf(counts):
-    """Return the Dice of the main regions from the pixels (K, K) of each true and predicted class."""
-    found = {}
+    """Return the Dice of the main regions, a mean over patients, from the pixels (P, K, K) of the true and predicted
+    classes of each patient."""
+    counts, found = counts[counts.sum((1, 2)) > 0].double(), {}
     for region in [name for name in ('WT', 'TC', 'ET') if name in config.REGIONS]:
         numbers = list(config.REGIONS[region])
-        total = int(counts[numbers].sum() + counts[:, numbers].sum())
-        found[region] = 2 * int(counts[numbers][:, numbers].sum()) / total if total else 1.0
+        total = counts[:, numbers].sum((1, 2)) + counts[:, :, numbers].sum((1, 2))
+        both = counts[:, numbers][:, :, numbers].sum((1, 2))
+        found[region] = float(torch.where(total > 0, 2 * both / total, 1.0).mean())
     return found
 
 
@@ -150,8 +195,11 @@ def _logits(model, image):
         return model(image).float()
 
 
-def _runEpoch(name, step, loader, device, transform=None, remark=''):
-    """Return the sum over samples, those of all ranks, of the losses that `step` returns for each batch."""
+def _runEpoch(name, step, loader, device, transform=None, remark='', schedule=None):
+    """Return the sum over samples, those of all ranks, of the losses that `step` returns for each batch.
+
+    A schedule that has ended ends the epoch; the other batches then count as the mean of those before.
+    """
     gc.collect()  # an earlier epoch's workers: collected later in a forked worker, they print errors there
     losses, sizes, total, number = [], [], 0.0, 0
     batches = iter(loader)
@@ -168,6 +216,10 @@ def _runEpoch(name, step, loader, device, transform=None, remark=''):
                 total += _sumLosses(name, losses, sizes, number, len(loader), remark)
                 bar.set_postfix(loss=f'{losses[-1].item():.4f}')
                 losses, sizes = [], []
+                if schedule is not None:
+                    schedule.fit()
+            if schedule is not None and schedule.hasEnded:
+                break
         if losses:  # at the end, and not at batch len(loader): a loader may give fewer
             total += _sumLosses(name, losses, sizes, number, len(loader), remark)
     finally:
@@ -176,6 +228,8 @@ def _runEpoch(name, step, loader, device, transform=None, remark=''):
             batches._shutdown_workers()
     if number == 0:
         raise ValueError(f'{name}: the loader has no batch; are there fewer patches than config.BATCHSIZE?')
+    if schedule is not None and schedule.hasEnded:
+        total *= len(loader) / number
     return sumOverRanks(total)
 
 

@@ -1,12 +1,18 @@
 """Make what a training needs, as `config` describes it: model, precision, loss, schedule and averaged weights."""
 
 import logging
+import time
 
+import psutil
 import segmentation_models_pytorch as smp
 import torch
 
 import config
+from ranks import fromFirst, rank
 from trained import bare
+
+_STEPS_TO_MEASURE = 200  # after which the speed of a training is known
+_TIME_USED = 0.95  # fraction of the time that is left which a shortened schedule fills; the rest is for validation
 
 
 def precision(device):
@@ -127,7 +133,8 @@ def makeScheduler(optimizer, numSteps):
     """Return the learning rate scheduler that `config.SCHEDULE` names.
 
     - `'poly'`: a linear warm-up of `config.WARMUP` steps, then a polynomial decay of power `config.POLY_POWER` to 0 at
-      the last step. `engine.train` steps it after each batch.
+      the last step. `engine.train` steps it after each batch. If fewer steps fit into `config.TIME_BUDGET`, it ends
+      sooner.
     - `'plateau'`: the document's, torch's ReduceLROnPlateau; call `scheduler.step(valLoss)` after each epoch.
 
     Args:
@@ -143,15 +150,79 @@ def makeScheduler(optimizer, numSteps):
         )
     if config.SCHEDULE != 'poly':
         raise ValueError(f"config.SCHEDULE is {config.SCHEDULE!r}; 'poly' or 'plateau' was expected.")
-    warmup, power = min(config.WARMUP, numSteps // 10), config.POLY_POWER
+    return PolySchedule(optimizer, numSteps)
 
-    def factor(step):
-        rest = max(0.0, 1 - step / numSteps)
-        return min(1.0, (step + 1) / (warmup + 1)) * rest**power
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    scheduler.stepsPerEpoch = numSteps / config.EPOCHS  # in its state, so that a run is not resumed with other batches
-    return scheduler
+class PolySchedule(torch.optim.lr_scheduler.LRScheduler):
+    """A linear warm-up, then a polynomial decay to 0 at the last step, which `fit` moves if the time is short.
+
+    Attributes:
+        numSteps: steps of the whole training.
+        planned: steps before the schedule was shortened.
+        stepsPerEpoch: of the plan, so that a run is not resumed with other batches.
+    """
+
+    def __init__(self, optimizer, numSteps):
+        self.numSteps = self.planned = numSteps
+        self.stepsPerEpoch = numSteps / config.EPOCHS
+        self._begun = None  # hours and step at which the speed of this process was measured first
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        """Return the rates of the next step, as torch's schedulers do."""
+        warmup = min(config.WARMUP, self.planned // 10)
+        rest = max(0.0, 1 - self.last_epoch / self.numSteps)
+        factor = min(1.0, (self.last_epoch + 1) / (warmup + 1)) * rest**config.POLY_POWER
+        return [rate * factor for rate in self.base_lrs]
+
+    @property
+    def hasEnded(self):
+        """Whether the last step was made, after which the rate is 0."""
+        return self.last_epoch >= self.numSteps
+
+    def fit(self):
+        """Shorten the schedule, with a message, if the steps that are left do not fit into `config.TIME_BUDGET`.
+
+        `engine.train` calls it every few batches. The speed is that of this process so far, validation included. All
+        ranks follow the first one. A schedule never becomes longer.
+        """
+        if config.TIME_BUDGET is None or self.hasEnded:
+            return
+        fitting = fromFirst(self._stepsThatFit())
+        if fitting is None or self.last_epoch + fitting >= self.numSteps:
+            return
+        before, self.numSteps = self.numSteps, self.last_epoch + max(1, int(_TIME_USED * fitting))
+        if rank() == 0:
+            print(
+                f'{self.numSteps} of {before} steps fit into the {config.TIME_BUDGET} hours of config.TIME_BUDGET: '
+                f'the learning rate falls to 0 at step {self.numSteps}, and the training ends there.'
+            )
+
+    def _stepsThatFit(self):
+        """Return how many more steps fit into the time; None if the speed is not known yet."""
+        now = hoursUsed()
+        if self._begun is None:
+            self._begun = now, self.last_epoch
+            return None
+        hours, steps, left = now - self._begun[0], self.last_epoch - self._begun[1], config.TIME_BUDGET - now
+        if steps < _STEPS_TO_MEASURE and hours < 0.05 * left:
+            return None
+        return max(0, int(left * steps / hours))
+
+    def state_dict(self):
+        """Return the state for a checkpoint; the speed belongs to this process."""
+        return {name: value for name, value in super().state_dict().items() if name != '_begun'}
+
+    def load_state_dict(self, state):
+        """Restore a state; a schedule that was shortened stays so, otherwise its length is that of this object."""
+        isShort = state['numSteps'] < state['planned']
+        numSteps = min(state['numSteps'], self.planned) if isShort else self.planned
+        super().load_state_dict({**state, 'numSteps': numSteps, 'planned': self.planned})
+
+
+def hoursUsed():
+    """Return the hours since this process started."""
+    return (time.time() - psutil.Process().create_time()) / 3600
 
 
 def makeAverage(model, numSteps):
@@ -168,14 +239,18 @@ def makeAverage(model, numSteps):
     Returns:
         torch.optim.swa_utils.AveragedModel.
     """
-    if not config.AVERAGE:
-        return None
-    decay = 1 - 1 / max(1.0, config.AVERAGE * numSteps)
+    return MovingAverage(model, numSteps) if config.AVERAGE else None
 
-    def update(averaged, current, onDevice):
-        count = int(average.n_averaged)  # on the host: to read the other one, the host would wait for the GPU
+
+class MovingAverage(torch.optim.swa_utils.AveragedModel):
+    """The exponential moving average of `makeAverage`. `numSteps` follows a schedule that is shortened."""
+
+    def __init__(self, model, numSteps):
+        super().__init__(bare(model), multi_avg_fn=self._update, use_buffers=True)
+        self.numSteps, self.fraction = numSteps, config.AVERAGE
+
+    def _update(self, averaged, current, onDevice):
+        count = int(self.n_averaged)  # on the host: to read the other one, the host would wait for the GPU
+        decay = 1 - 1 / max(1.0, self.fraction * self.numSteps)
         early = min(decay, (1 + count) / (10 + count))
         torch.optim.swa_utils.get_ema_multi_avg_fn(early)(averaged, current, onDevice)
-
-    average = torch.optim.swa_utils.AveragedModel(bare(model), multi_avg_fn=update, use_buffers=True)
-    return average

@@ -29,24 +29,27 @@ import config
 import engine
 import preprocess
 import ranks
+import recipe
 import utils
 
-_OWN = ('TRAIN_FILE', 'VAL_FILE', 'LAST_CHECKPOINT', 'BEST_CHECKPOINT')  # of each member: they follow its OUTPUT_FOLDER
+# of each member: they follow its OUTPUT_FOLDER
+_OWN = ('TRAIN_FILE', 'VAL_FILE', 'LAST_CHECKPOINT', 'BEST_CHECKPOINT', 'RESULT_CHECKPOINT')
 
 
 def trainModel(traindf, valdf=None, tell=print):
-    """Train the network that `config` describes, as the notebook does, and return the path of its best weights.
+    """Train the network that `config` describes, as the notebook does, and return the path of its weights.
 
     A stopped run goes on where it was, and ends with the weights of an uninterrupted one. Under torchrun all ranks
     train one network: `config.BATCHSIZE` is that of all ranks together, and the batches are those of one process.
 
     Args:
         traindf: file list of the patients to train on.
-        valdf: of those to validate on. Without them nothing is chosen by a score: the last epoch is the best.
+        valdf: of those to validate on; None: no validation.
         tell: called after each epoch with one line of text, on rank 0.
 
     Returns:
-        str, `config.BEST_CHECKPOINT`.
+        str, `config.RESULT_CHECKPOINT`: the final weights; with `config.SCHEDULE = 'plateau'` those of the epoch with
+        the lowest validation loss.
 
     Raises:
         ValueError: bad data, or a run on other data in `config.OUTPUT_FOLDER`; as in the functions that are called.
@@ -89,7 +92,7 @@ def trainModel(traindf, valdf=None, tell=print):
     for dataset in (trainSet, valSet):
         if dataset is not None:
             dataset.file.close()
-    return config.BEST_CHECKPOINT
+    return config.RESULT_CHECKPOINT
 
 
 def _save(epoch, run, loss, valLoss, best, average, dice, tell):
@@ -123,7 +126,7 @@ def trainMembers(df, members, devices=None):
             `config.DEVICE` is 'cuda', else `config.DEVICE`.
 
     Returns:
-        list of the paths of the members' best weights, in their order, for `utils.loadModel`.
+        list of the paths that `trainModel` returns for the members, in their order, for `utils.loadModel`.
 
     Raises:
         ValueError: a key of a member is unknown, or two members are the same.
@@ -152,7 +155,13 @@ def trainMembers(df, members, devices=None):
             f'{len(failed)} of {len(jobs)} members failed; the others are complete, and the call goes on where it was '
             f'if it is run again.\n{reasons}'
         )
-    return [str(Path(values['OUTPUT_FOLDER'], 'best.pt')) for values, _ in jobs.values()]
+    return [_resultOf(values) for values, _ in jobs.values()]
+
+
+def _resultOf(values):
+    """Return the path of the weights that a training with these values of `config` gives."""
+    with configured(values):
+        return config.RESULT_CHECKPOINT
 
 
 def _nameOf(member):
@@ -189,17 +198,26 @@ def checkNames(names):
 
 def _runHere(jobs, devices):
     """Train the members one after the other in this process; return a dict of name -> reason of those that failed."""
-    failed, before, screen = {}, dict(vars(config)), sys.stdout
+    failed, screen = {}, sys.stdout
     for name, (values, sets) in jobs.items():
-        vars(config).update(values, DEVICE=devices[0])
-        try:
-            _trainMember(sets, lambda text, name=name: print(f'{name}: {text}', file=screen))
-        except Exception as error:  # whatever it is, the other members go on
-            failed[name] = f'{type(error).__name__}: {error}'
-        finally:
-            vars(config).clear()
-            vars(config).update(before)
+        with configured(values | {'DEVICE': devices[0]}):
+            try:
+                _trainMember(sets, lambda text, name=name: print(f'{name}: {text}', file=screen))
+            except Exception as error:  # whatever it is, the other members go on
+                failed[name] = f'{type(error).__name__}: {error}'
     return failed
+
+
+@contextlib.contextmanager
+def configured(values):
+    """Set values of `config` for a block, and restore all at its end."""
+    before = dict(vars(config))
+    vars(config).update(values)
+    try:
+        yield
+    finally:
+        vars(config).clear()
+        vars(config).update(before)
 
 
 def _trainMember(sets, tell):
@@ -227,7 +245,7 @@ def _runOnDevices(jobs, devices):
                 values, sets = jobs[name]
                 # a pipe for each: a process that is killed while it writes would block a queue for all
                 messages, end = context.Pipe(duplex=False)
-                arguments = values | {'DEVICE': device}, sets, numThreads, checkpoints.hoursUsed(), end
+                arguments = values | {'DEVICE': device}, sets, numThreads, recipe.hoursUsed(), end
                 process = context.Process(target=_runMember, args=arguments)
                 process.start()
                 end.close()
@@ -322,9 +340,9 @@ def main(arguments):
         sets = cohort.split(cohort.usable(df, cohort.checkFiles(df)))
         cohort.writeSplit(sets, Path(config.OUTPUT_FOLDER, 'split.json'))
     traindf, valdf, _ = ranks.fromFirst(sets)
-    best = trainModel(traindf, valdf, print)
+    result = trainModel(traindf, valdf, print)
     if ranks.rank() == 0:
-        print(f'Weights of the best epoch: {best}. The test patients are in split.json beside it.')
+        print(f'Weights: {result}. The test patients are in split.json beside it.')
     if ranks.isMany():
         torch.distributed.destroy_process_group()
 

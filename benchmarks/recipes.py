@@ -9,7 +9,6 @@ recipe, on the same patients.
 
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,6 +20,7 @@ import config
 import engine
 import metrics
 import preprocess
+import train
 import utils
 from atomic import writeAtomically
 from benchmarks import peers
@@ -72,13 +72,13 @@ def main(folder, output, numSteps=1500, folds=4, recipes=None, withPeer=True):
     rows = []
     for name, values in (RECIPES if recipes is None else recipes).items():
         for fold in range(folds):
-            with _configured({**SMALL, **values, 'OUTPUT_FOLDER': str(Path(output) / name / str(fold))}):
+            with train.configured({**SMALL, **values, 'OUTPUT_FOLDER': str(Path(output) / name / str(fold))}):
                 table = _runFold(*_splitFold(df, fold, folds), numSteps)
             rows.append(table.assign(recipe=name, fold=fold))
         print(summarize(pd.concat(rows)).loc[[name]].to_string())
     durations = [table['seconds'].max() for table in rows[-folds:]]
     for fold, seconds in enumerate(durations if withPeer else ()):
-        with _configured({'OUTPUT_FOLDER': str(Path(output) / PEER / str(fold))}):
+        with train.configured({'OUTPUT_FOLDER': str(Path(output) / PEER / str(fold))}):
             table = _runPeer(*_splitFold(df, fold, folds), seconds)
         rows.append(table.assign(recipe=PEER, fold=fold))
     table = pd.concat(rows, ignore_index=True)
@@ -93,18 +93,6 @@ def _splitFold(df, fold, folds):
     """Return the patients that a fold trains on, and those that it tests."""
     isTested = [number % folds == fold for number in range(len(df))]
     return df[[not tested for tested in isTested]], df[isTested]
-
-
-@contextmanager
-def _configured(values):
-    """Set values of `config`, and restore all at the end."""
-    before = dict(vars(config))
-    vars(config).update(values)
-    try:
-        yield
-    finally:
-        vars(config).clear()
-        vars(config).update(before)
 
 
 def _runFold(traindf, testdf, numSteps):

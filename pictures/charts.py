@@ -78,7 +78,9 @@ def _drawEditions(panel, counts):
 
 
 def plotCurves(history):
-    """Draw the learning curves, and mark the best epoch and the drops of a learning rate that falls in steps.
+    """Draw the learning curves, and mark the epoch to predict with and the drops of a rate that falls in steps.
+
+    Marked is the last epoch, or the one with the lowest validation loss, as `config.RESULT_CHECKPOINT` says.
 
     Args:
         history: DataFrame of `checkpoints.readHistory`, one row per epoch: `epoch` (from 1), `trainLoss`, `valLoss`
@@ -108,16 +110,17 @@ def plotCurves(history):
     if losses.size and losses.min() > 0 and losses.max() > 10 * losses.min():
         panel.set_yscale('log')
     if history['valLoss'].notna().any():
-        best = history.iloc[np.nanargmin(history['valLoss'].to_numpy(float))]
-        text = f'best: {best["valLoss"]:.4g} in epoch {best["epoch"]:.0f}'
-        panel.plot(best['epoch'], best['valLoss'], 'o', color=ORANGE, markersize=8, label=text)
+        isBest = config.RESULT_CHECKPOINT == config.BEST_CHECKPOINT
+        row = history.iloc[np.nanargmin(history['valLoss'].to_numpy(float)) if isBest else -1]
+        text = f'{"best" if isBest else "end"}: {row["valLoss"]:.4g} in epoch {row["epoch"]:.0f}'
+        panel.plot(row['epoch'], row['valLoss'], 'o', color=ORANGE, markersize=8, label=text)
     if 'learnRate' in history:
         _markDrops(panel, history['epoch'].to_numpy(), history['learnRate'].to_numpy(float))
     panel.set(ylabel='loss, mean per patch', title='Learning curves')
     for dice in others:
         for region, line in zip(regions, ('-', '--', ':'), strict=False):
             dice.plot(history['epoch'], history[f'dice{region}'], line, color=BLUE, label=region, **style)
-        dice.set(ylabel='Dice (0 to 1; 1 is best)', ylim=(0, 1.02), title='Validation patches, micro average')
+        dice.set(ylabel='Dice (0 to 1; 1 is best)', ylim=(0, 1.02), title='Validation, mean over patients')
     for axes in (panel, *others):
         axes.set(xlabel='epoch', xlim=(history['epoch'].min() - 0.5, history['epoch'].max() + 0.5))  # no epoch 0
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -1,7 +1,9 @@
 import io
 import os
 import random
+import re
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import checkpoints
 import config
 import engine
 import preprocess
+import recipe
 import utils
 from conftest import writePatchFile
 
@@ -112,12 +115,97 @@ def test_epochs_stopsBeforeTheTimeBudgetIsSpent(monkeypatch, capsys):
     start, now = psutil.Process().create_time(), 1800.0
     monkeypatch.setattr(time, 'time', lambda: start + now)
     monkeypatch.setattr(time, 'monotonic', lambda: now)
-    config.TIME_BUDGET, config.EPOCHS, run = 3.6, 20, []
+    config.TIME_BUDGET, config.EPOCHS, config.SCHEDULE, run = 3.6, 20, 'plateau', []
     for epoch in checkpoints.epochs(0):
         run.append(epoch)
         now += 3600
     assert run == [0, 1, 2]
     assert '3.50 of the 3.6 hours' in capsys.readouterr().out
+
+
+class SlowLoader(torch.utils.data.DataLoader):
+    """A loader of batches that take some hours of a stand-in clock each."""
+
+    def __init__(self, clock, hours, numBatches=100):
+        images = torch.randn(4 * numBatches, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        super().__init__(torch.utils.data.TensorDataset(images, (images[:, 0] > 0).long()), 4, shuffle=True)
+        self.clock, self.hours = clock, hours
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.clock['now'] += self.hours
+            yield batch
+
+
+def runInTime(clock, hours, stopAfter=None):
+    """Run the notebook's loop on a stand-in clock, six epochs of 100 batches; return weights, rate and schedule."""
+    config.SCHEDULE, config.AVERAGE, config.EPOCHS = 'poly', 0.1, 6
+    model, optimizer, _, scaler = makeRun()
+    loader = SlowLoader(clock, hours)
+    scheduler, average = engine.makeScheduler(optimizer, 600), engine.makeAverage(model, 600)
+    run, criterion = (model, optimizer, scheduler, scaler), torch.nn.CrossEntropyLoss()
+    *_, start, _, _, best = checkpoints.loadCheckpoint(*run, config.LAST_CHECKPOINT, average)
+    for epoch in checkpoints.epochs(start):
+        loss = engine.train(model, criterion, optimizer, scaler, loader, None, scheduler, average) / 400
+        best = checkpoints.makeCheckpoint(epoch, *run, loss, loss, best, average)
+        if epoch == stopAfter:
+            break
+    return average.state_dict(), optimizer.param_groups[0]['lr'], scheduler
+
+
+def test_epochs_endOnTimeWithARateOf0(monkeypatch, capsys):
+    """Of 600 steps of 36 s, 3.55 hours have time for 355: the schedule ends before, within the fourth epoch."""
+    clock = {'now': 0.05}
+    monkeypatch.setattr(recipe, 'hoursUsed', lambda: clock['now'])
+    config.TIME_BUDGET = 3.55
+    _, rate, schedule = runInTime(clock, 0.01)
+    told = capsys.readouterr().out
+    assert rate == 0 and schedule.hasEnded and 300 < schedule.numSteps <= 350 and clock['now'] <= 3.55
+    assert re.findall(r'(\d+) of (\d+) steps fit into the 3.55 hours', told) == [(str(schedule.numSteps), '600')]
+    assert f'Stopped after 4 of 6 epochs: {schedule.numSteps} of 600 steps fit into the time' in told
+    history = checkpoints.readHistory()
+    assert list(history['epoch']) == [1, 2, 3, 4] and (history['trainLoss'] < 2).all()  # also of the epoch cut short
+    assert next(checkpoints.epochs(4), None) is None
+
+
+def test_epochs_keepTheEndOfAScheduleThatWasShortened(tmp_path, monkeypatch):
+    """Killed after the third epoch and resumed by a faster process, the run ends at the same step, bit for bit."""
+    clock, ends = {}, []
+    monkeypatch.setattr(recipe, 'hoursUsed', lambda: clock['now'])
+    config.TIME_BUDGET = 3.55
+    for name, hours, stopAfter in (('whole', 0.01, None), ('killed', 0.01, 2), ('killed', 0.001, None)):
+        config.OUTPUT_FOLDER, clock['now'] = str(tmp_path / name), 0.05
+        torch.manual_seed(0)
+        weights, rate, schedule = runInTime(clock, hours, stopAfter)
+        ends.append((weights, rate, schedule.numSteps))
+    whole, killed, resumed = ends
+    assert killed[1] > 0 and whole[1] == resumed[1] == 0 and whole[2] == resumed[2] < 600
+    assert all(torch.equal(whole[0][name], resumed[0][name]) for name in whole[0])
+
+
+def test_epochs_keepThePlanWhereTheTimeIsEnough(monkeypatch, capsys):
+    """600 steps of 36 s end at step 600 within 7 hours, and nothing is said."""
+    clock = {'now': 0.05}
+    monkeypatch.setattr(recipe, 'hoursUsed', lambda: clock['now'])
+    config.TIME_BUDGET = 7
+    _, rate, schedule = runInTime(clock, 0.01)
+    assert rate == 0 and schedule.numSteps == schedule.last_epoch == 600
+    assert 'fit into' not in capsys.readouterr().out
+
+
+def test_loadCheckpoint_warnsOfWeightsBeforeTheEnd(tmp_path):
+    """Weights of an epoch before the end are named as such; those of the end, and of a plateau, are not."""
+    runAveraged(tmp_path, 2)
+    words = r'last\.pt has the weights after epoch 2 of 4, step 8 of 16: the learning rate had not fallen to 0'
+    with pytest.warns(UserWarning, match=words):
+        checkpoints.loadCheckpoint(makeRun()[0], None, None, None, config.LAST_CHECKPOINT)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        runAveraged(tmp_path, 4)
+        checkpoints.loadCheckpoint(makeRun()[0], None, None, None, config.LAST_CHECKPOINT)
+        config.OUTPUT_FOLDER, config.SCHEDULE = str(tmp_path / 'plateau'), 'plateau'
+        write([1])
+        checkpoints.loadCheckpoint(makeRun()[0], None, None, None, config.BEST_CHECKPOINT)
 
 
 @pytest.mark.parametrize('start', [0, 1, 3])
@@ -293,7 +381,7 @@ def test_loadCheckpoint_resumesAverageAndSchedule(tmp_path):
 
 def test_loadCheckpoint_predictsWithTheAverage(tmp_path):
     """Without an optimizer the averaged weights are loaded; to resume, the average has to be given."""
-    weights, _ = runAveraged(tmp_path, 2)
+    weights, _ = runAveraged(tmp_path, 4)
     model, optimizer, _, scaler = makeRun(1)
     checkpoints.loadCheckpoint(model, None, None, None, config.LAST_CHECKPOINT)
     for name, value in model.state_dict().items():

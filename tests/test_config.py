@@ -19,6 +19,16 @@ def test_config_derivesValuesFromWhatIsAssigned():
     assert config.TRAIN_FILE == 'mine.h5'
 
 
+def test_config_predictsWithTheEndOfADecay():
+    """The last weights are the result where the rate decays by the step; the best epoch, and patience, at a plateau."""
+    config.OUTPUT_FOLDER, config.SCHEDULE = 'somewhere', 'poly'
+    assert config.RESULT_CHECKPOINT == 'somewhere/last.pt' and config.PATIENCE is None
+    config.SCHEDULE = 'plateau'
+    assert config.RESULT_CHECKPOINT == 'somewhere/best.pt' and config.PATIENCE == 10
+    config.BEST_CHECKPOINT = 'mine.pt'
+    assert config.RESULT_CHECKPOINT == 'mine.pt'
+
+
 def test_config_findsTheFolderInTheEnvironment(tmp_path, monkeypatch):
     """BRATS_FOLDER is the data folder of a process that starts with it."""
     code = 'import config; print(config.DATA_FOLDER)'

@@ -204,7 +204,7 @@ def test_writeCard_tellsWhatIsKnownAndWhatIsNot(tmp_path):
     with pytest.raises(ValueError, match='BraTS20_Training_009'):
         deploy.packModel(file, tmp_path / 'c', scores=table.assign(patient='BraTS20_Training_009'))
     assert not (tmp_path / 'c').exists()
-    assert 'lowest validation loss 1.0000 in epoch 1' in text
+    assert 'Weights after epoch 1.' in text
     deploy.packModel(writeCheckpoint('fold.pt', validated={}), tmp_path / 'd')
     assert '1 epochs; weights of the last one.' in (tmp_path / 'd' / 'README.md').read_text()
 

@@ -160,6 +160,34 @@ def test_train_worksAfterValidate(inFloat32):
     assert model.training and not any(weight.is_inference() for weight in model.parameters())
 
 
+def test_validate_averagesTheDiceOverPatients(inFloat32):
+    """Patient a has 2 of 4 + 4 pixels of WT right in two patches, b has none: (4/8 + 1) / 2; shuffled, 4/8 of all."""
+
+    class Patches(torch.utils.data.Dataset):
+        patientNumbers = np.array([0, 1, 0])
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            predicted = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]])[index]
+            true = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]])[index]
+            return predicted[None, None].float(), true[None]
+
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return 9.0 * torch.nn.functional.one_hot(x[:, 0].long(), 4).movedim(-1, 1)
+
+    loaders = [torch.utils.data.DataLoader(Patches(), 2), torch.utils.data.DataLoader(Patches(), 2, shuffle=True)]
+    loaders.append(torch.utils.data.DataLoader(torch.utils.data.Subset(Patches(), [1, 2]), 1))
+    found = [engine.validate(Fixed(), torch.nn.CrossEntropyLoss(), loader, dice=True)[1]['WT'] for loader in loaders]
+    assert found == pytest.approx([(0.5 + 1) / 2, 0.5, (0.5 + 1) / 2])
+
+
 def test_validate_countsTheDiceOfTheRegions(inFloat32):
     """Six pixels by hand: WT has 3 of 4 + 4, TC 2 of 3 + 3, ET 1 of 1 + 2; over two batches; without any it is 1."""
 

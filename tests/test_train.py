@@ -60,15 +60,18 @@ def test_trainModel_resumesToTheSameWeights(df, monkeypatch):
     lines = []
     for _ in range(2):
         stopped = train.trainModel(traindf, valdf, lines.append)
-    assertEqual(whole.replace('best', 'last'), stopped.replace('best', 'last'))
+    assertEqual(whole, stopped)
     assert [line[:14] for line in lines] == ['epoch   1 of 2', 'epoch   2 of 2'] and 'validation' in lines[0]
 
 
-def test_trainModel_keepsTheLastEpochWithoutValidation(df):
-    """Without validation patients the best weights are the last ones, and they remember whom they have seen."""
-    best = train.trainModel(df[:2])
-    assertEqual(best, config.LAST_CHECKPOINT)
-    assert list(utils.loadModel(best).identity['earlier']) == list(df.index[:2])
+def test_trainModel_givesTheFinalWeights(df):
+    """The rate of the weights it returns is 0, and they remember whom they have seen; at a plateau the best epoch's."""
+    result = train.trainModel(df[:2])
+    assert result == config.LAST_CHECKPOINT
+    assert torch.load(result, weights_only=True)['optimizer']['param_groups'][0]['lr'] == 0
+    assert list(utils.loadModel(result).identity['earlier']) == list(df.index[:2])
+    vars(config).update(config.DOCUMENT, EPOCHS=1, OUTPUT_FOLDER=config.OUTPUT_FOLDER + '/document')
+    assert train.trainModel(df[:2]) == config.BEST_CHECKPOINT
 
 
 # Members
@@ -81,7 +84,7 @@ def test_trainMembers_trainsEachFoldInItsFolder(df, capsys):
     files = train.trainMembers(df, members)
     assert vars(config) == before
     names = ['fold-0_of-2', 'fold-1_of-2', 'plane-coronal_seed-5_EPOCHS-1']
-    assert files == [f'{config.OUTPUT_FOLDER}/{name}/best.pt' for name in names]
+    assert files == [f'{config.OUTPUT_FOLDER}/{name}/last.pt' for name in names]
     seen = [set(utils.loadModel(file).identity['earlier']) for file in files]
     assert seen[0] | seen[1] == set(df.index) and not seen[0] & seen[1]
     assert seen[2] == set(utils.split(df)[0].index)
@@ -118,7 +121,7 @@ def test_trainMembers_goOnAfterOneWasKilledAndOneFailed(df):
     again = train.trainMembers(df, members[::2], ['cpu', 'cpu'])
     config.OUTPUT_FOLDER += '/here'
     for file, alone in zip(again, train.trainMembers(df, members[::2]), strict=True):
-        assertEqual(file.replace('best', 'last'), alone.replace('best', 'last'))
+        assertEqual(file, alone)
 
 
 @pytest.mark.parametrize(

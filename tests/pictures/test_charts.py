@@ -59,14 +59,18 @@ def test_plotCohort_drawsWithoutSegmentations():
     figure.canvas.draw()
 
 
-def test_plotCurves_marksTheBestEpoch():
-    """The mark lies at the epoch of the lowest validation loss, which the legend names as in the column `epoch`."""
+def test_plotCurves_marksTheEpochToPredictWith():
+    """That of the lowest validation loss, named as in the column `epoch`; the last if the rate decays by the step."""
     history = pd.DataFrame({'epoch': [4, 5, 6, 7], 'trainLoss': [4, 3, 2, 1], 'valLoss': [4, np.nan, 2, 3]})
     panel = pictures.plotCurves(history).axes[0]
     assert [list(line.get_ydata()) for line in panel.lines[:1]] == [[4, 3, 2, 1]]
     assert (list(panel.lines[2].get_xdata()), list(panel.lines[2].get_ydata())) == ([6], [2])
     assert legendTexts(panel) == ['training', 'validation', 'best: 2 in epoch 6']
     assert panel.get_yscale() == 'linear'
+    config.SCHEDULE = 'poly'
+    panel = pictures.plotCurves(history).axes[0]
+    assert (list(panel.lines[2].get_xdata()), list(panel.lines[2].get_ydata())) == ([7], [3])
+    assert legendTexts(panel)[-1] == 'end: 3 in epoch 7'
 
 
 def test_plotCurves_logarithmicFromAFactorOf10():
