@@ -13,50 +13,52 @@ except ImportError:  # Windows has no such locks
 
 @contextmanager
 def writeAtomically(file):
-    """Yield a temporary path to write to; when the block ends, the temporary file becomes `file`.
+    """Yield a temporary path to write to, which is renamed to `file` when the block ends.
 
-    The temporary file is `<file>.part`. Its name is always the same, so the next run overwrites what a killed one left.
-    An older `file` stays untouched until the temporary file is complete and synced. If the block raises, the temporary
-    file is removed. It is locked, so that two processes do not write into it at once.
+    The temporary file is `<file>.part`, so the next run overwrites what a killed one left. It is locked against other
+    processes. An older `file` stays untouched until the temporary file is complete and synced to the disk. If the block
+    raises, the temporary file is removed.
 
     Args:
         file: path of the file to write (str or Path). Missing folders are created.
 
     Yields:
-        Path that ends in `.part`: name the format to a library that would guess it from the ending.
+        Path that ends in `.part`. A library that guesses the format from the ending has to be told it.
 
     Raises:
         OSError: the disk is full, read-only, or access is denied. The message names `file`.
         BlockingIOError: another process is writing the file.
     """
     file = Path(file)
-    part = file.with_name(file.name + '.part')
+    temporary = file.with_name(file.name + '.part')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(part, file):
+        with _locked(temporary, file):
             try:
-                yield part
-                with open(part, 'rb+') as written:
+                yield temporary
+                with open(temporary, 'rb+') as written:
                     os.fsync(written.fileno())
-                os.replace(part, file)
+                os.replace(temporary, file)
             except BaseException:
-                with suppress(OSError):  # the first error says more
-                    part.unlink(missing_ok=True)
+                with suppress(OSError):  # the first error tells more
+                    temporary.unlink(missing_ok=True)
                 raise
-    except BaseException as error:
-        number = _errnoOf(error)
-        if number:  # errors about bad input have no number
-            raise OSError(number, f'{file} could not be written: {os.strerror(number)}') from error
-        raise
+    except Exception as error:
+        number = getattr(error, 'errno', None)
+        if number is None and (reported := re.search(r'errno = (\d+)', str(error))):  # in HDF5's message
+            number = int(reported[1])
+        if number is None:  # not from the system, such as an error about bad input
+            raise
+        raise OSError(number, f'{file} could not be written: {os.strerror(number)}') from error
 
 
 @contextmanager
-def _locked(part, file):
-    """Hold a lock on a temporary file, which is made if it is missing; the system releases that of a killed process."""
+def _locked(temporary, file):
+    """Hold a lock on a temporary file, which is created if it is missing. It ends with the process, even if killed."""
     if fcntl is None:
         yield
         return
-    with open(part, 'ab') as stream:
+    with open(temporary, 'ab') as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -66,11 +68,3 @@ def _locked(part, file):
         except OSError:
             pass  # a file system without locks
         yield
-
-
-def _errnoOf(error):
-    """Return the system's error number, or None if the error does not come from the system."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno
-    reported = re.search(r'errno = (\d+)', str(error))  # HDF5 raises RuntimeError with the number in its text
-    return reported and int(reported[1])

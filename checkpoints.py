@@ -1,4 +1,4 @@
-"""Save a training run, stop it in time and resume it."""
+"""Save a run, stop it in time and resume it."""
 
 import io
 import random
@@ -13,25 +13,25 @@ import torch
 
 import config
 from atomic import writeAtomically
-from identity import CUT, SEEN, differences, patientDifferences, plain, readIdentity
+from engine import buildModel, hoursUsed
+from provenance import asEarlier, differences, plain, provenanceOf, readProvenance, unwrap
 from ranks import numRanks
-from recipe import buildModel, hoursUsed
-from trained import asEarlier, bare, identityOf
 
-FORMAT = 3  # of a checkpoint; raised when its layout changes. In format 1 the history counts epochs from 0
-_RECIPE = (  # numbers that must not change within a run
+FORMAT = 4  # of a checkpoint; raised when its layout changes
+_RECIPE = (  # settings of the training that must not change within a run
     *('SEED', 'LOSS', 'LOSS_GAMMA', 'LEARN_RATE', 'WEIGHT_DECAY', 'GRADIENT_CLIP', 'SCHEDULE', 'WARMUP', 'POLY_POWER'),
     *('SCHEDULER_FACTOR', 'SCHEDULER_PATIENCE', 'AVERAGE'),
 )
 
 
 def epochs(start):
-    """Yield the numbers of the epochs to run, and stop early, with a message, if there is a reason.
+    """Yield the numbers of the epochs to run. Stop early, with a message, if there is a reason.
 
-    A learning rate that decays by the step ('poly') stops with its schedule, which `engine.train` fits to the time of
-    `config.TIME_BUDGET`. A run of another schedule stops if the next epoch, if it takes as long as the longest so far,
-    would not end within `config.TIME_BUDGET` hours of the start of this process; it can be resumed and then reaches the
-    weights of an uninterrupted one. Any run stops when `config.PATIENCE` epochs did not improve the validation loss.
+    - 'poly': the schedule has ended. `engine.train` shortens it if not all steps fit into `config.TIME_BUDGET`.
+    - Other schedules: the next epoch would not end within `config.TIME_BUDGET` hours of the start of this process, if
+      it took as long as the longest so far. The run can be resumed, and then reaches the weights of an uninterrupted
+      one.
+    - Any schedule: the last `config.PATIENCE` epochs did not improve the validation loss.
 
     Args:
         start: the first epoch to run, counted from 0, as `loadCheckpoint` returns it.
@@ -40,33 +40,41 @@ def epochs(start):
         int, `start` to `config.EPOCHS` - 1.
 
     Raises:
-        ValueError: the last checkpoint goes on at another epoch: the loop was started again without resuming.
+        ValueError: the next epoch of the last checkpoint is not `start`: the loop was started again without resuming.
     """
-    _checkIsNext(start)
+    checkpoint = _checkIsNext(start)
+    state = (checkpoint and checkpoint['scheduler']) or {}
+    # only a shortened run has ended for good; any other goes on if config.EPOCHS is raised
+    hasEnded = state.get('numSteps', 1) < state.get('planned', 1) and state['last_epoch'] >= state['numSteps']
+    history = checkpoint['history'] if checkpoint else []
     longest = 0.0  # seconds
     for epoch in range(start, config.EPOCHS):
-        reason = _reasonToStop(epoch, longest)
+        reason = _reasonToStop(history, hasEnded, longest)
         if reason:
             print(f'Stopped after {epoch} of {config.EPOCHS} epochs: {reason}.')
             return
         begin = time.monotonic()
         yield epoch
         longest = max(longest, time.monotonic() - begin)
+        history = readHistory().to_dict('records') if _historyFile().exists() else []
+        hasEnded = config.SCHEDULE == 'poly' and bool(history) and history[-1]['learnRate'] == 0
 
 
-def _reasonToStop(epoch, longest):
-    """Return why the training should stop before an epoch (from 0), or None; `longest` is in seconds."""
-    checkpoint = _checkIsNext(epoch)
-    losses = np.array([row['valLoss'] for row in checkpoint['history']]) if checkpoint else np.array([])
-    numWorse = len(losses) - 1 - int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0  # since the best one
+def _reasonToStop(history, hasEnded, longest):
+    """Return why the training should stop before the next epoch, or None.
+
+    Args:
+        history: rows of `readHistory`.
+        hasEnded: whether the learning rate has fallen to 0.
+        longest: seconds of the longest epoch so far.
+    """
+    if hasEnded:
+        return 'the learning rate has fallen to 0, as all steps for which there was time are done'
+    losses = np.array([row['valLoss'] for row in history])
+    numWorse = len(losses) - 1 - int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0  # since the best
     if config.PATIENCE is not None and numWorse >= config.PATIENCE:
         return f'the last {numWorse} did not improve the validation loss (config.PATIENCE = {config.PATIENCE})'
-    if config.SCHEDULE == 'poly':
-        state = (checkpoint and checkpoint['scheduler']) or {}
-        if state.get('numSteps', 1) < state.get('planned', 1) and state['last_epoch'] >= state['numSteps']:
-            return f'{state["numSteps"]} of {state["planned"]} steps fit into the time, and the learning rate is 0 now'
-        return None
-    if config.TIME_BUDGET is not None:
+    if config.TIME_BUDGET is not None and config.SCHEDULE != 'poly':
         used = hoursUsed()
         if used + longest / 3600 > config.TIME_BUDGET:
             return (
@@ -81,23 +89,23 @@ def makeCheckpoint(
 ):
     """Write `config.LAST_CHECKPOINT` and `history.csv`, and `config.BEST_CHECKPOINT` if `valLoss` improved.
 
-    Each file is written atomically. A checkpoint holds the weights, the states of optimizer, scheduler, scaler and
-    random generators, the history of losses and learning rates, what the model was trained on (`model.identity`), and
-    settings, as tensors and plain values.
+    Each file is written atomically. A checkpoint holds, as tensors and plain values, the weights, the states of
+    optimizer, scheduler, scaler and random generators, the history of losses and learning rates, `model.provenance` and
+    the settings.
 
     Args:
-        epoch: the epoch that has just ended, counted from 0; the history counts from 1.
+        epoch: the epoch that has just ended, counted from 0. In the history it is counted from 1.
         model, optimizer, scheduler, scaler: as in `engine.train`; the scheduler may be None.
-        trainLoss, valLoss: losses of this epoch, per sample. None if nothing is validated: the last epoch is the best.
+        trainLoss, valLoss: mean losses of this epoch. `valLoss` is None without validation; each epoch then is best.
         bestValLoss: the best validation loss before this epoch; infinite at the start.
-        average: moving average of the weights (`engine.makeAverage`). Without an optimizer, its weights are loaded.
+        average: moving average of the weights (`engine.makeAverage`). If there is one, `loadModel` returns it.
         dice: dict of region to Dice of this epoch, as `engine.validate` returns it, for the history.
 
     Returns:
         float, the best validation loss so far.
 
     Raises:
-        ValueError: the last checkpoint has the epoch already, or is of another run; it then stays as it is.
+        ValueError: the last checkpoint has the epoch already, or is of another run. No file is changed.
     """
     before = _checkIsNext(epoch, model)
     history = before['history'] if before else []
@@ -105,80 +113,80 @@ def makeCheckpoint(
     trainLoss, valLoss = float(trainLoss), float(valLoss) if isValidated else float('nan')
     isBest = not isValidated or valLoss < bestValLoss
     best = valLoss if isValidated and isBest else float(bestValLoss)
-    rate = float(getattr(optimizer, 'learnRate', optimizer.param_groups[0]['lr']))  # the epoch's
+    rate = float(optimizer.param_groups[0]['lr'])  # after the epoch
     row = {'epoch': int(epoch) + 1, 'trainLoss': trainLoss, 'valLoss': valLoss, 'learnRate': rate}
     history.append(row | {f'dice{region}': float(value) for region, value in (dice or {}).items()})
     checkpoint = {
         'format': FORMAT,
         'settings': _settings(model),
-        'recipe': _recipe(),
+        'recipe': {**_recipe(), 'optimizer': type(optimizer).__name__},
         'epochs': int(config.EPOCHS),
         'ranks': numRanks(),
-        'identity': identityOf(model),
+        'provenance': provenanceOf(model),
         'nextEpoch': int(epoch) + 1,
         'trainLoss': trainLoss,
         'valLoss': valLoss,
         'bestValLoss': best,
         'history': history,
-        'model': bare(model).state_dict(),
+        'model': unwrap(model).state_dict(),
         'average': None if average is None else average.state_dict(),
         'optimizer': optimizer.state_dict(),
-        'optimizerName': type(optimizer).__name__,
         'scheduler': None if scheduler is None else scheduler.state_dict(),
         'scaler': scaler.state_dict(),
         'random': _randomStates(),
     }
-    with writeAtomically(_historyFile()) as part:
-        pd.DataFrame(history).to_csv(part, index=False)
+    with writeAtomically(_historyFile()) as temporary:
+        pd.DataFrame(history).to_csv(temporary, index=False)
     stream = io.BytesIO()  # torch's own error on a full disk does not name the file
     torch.save(checkpoint, stream)
     content = stream.getbuffer()
-    for path in [config.BEST_CHECKPOINT] * isBest + [config.LAST_CHECKPOINT]:
-        with writeAtomically(path) as part:
-            part.write_bytes(content)
+    for path in (config.BEST_CHECKPOINT, config.LAST_CHECKPOINT) if isBest else (config.LAST_CHECKPOINT,):
+        with writeAtomically(path) as temporary:
+            temporary.write_bytes(content)
     return best
 
 
 def _checkIsNext(epoch, model=None):
-    """Return the last checkpoint or None; raise a ValueError if it is another run, or goes on at another epoch."""
+    """Return the last checkpoint or None; raise a ValueError if it is of another run, or `epoch` is not its next."""
     if not Path(config.LAST_CHECKPOINT).exists():
         return None
     try:
         checkpoint = readCheckpoint(config.LAST_CHECKPOINT, mmap=True)  # the weights stay on the disk
     except ValueError:  # damaged, or on a disk without memory mapping
         checkpoint = readCheckpoint(config.LAST_CHECKPOINT)
-    # a script may save every few epochs, but never one that the file has
+    # a script may save only every few epochs, but never an epoch that the file has
     if checkpoint['nextEpoch'] > epoch or (model is None and checkpoint['nextEpoch'] != epoch):
         raise ValueError(
             f'{config.LAST_CHECKPOINT} goes on with epoch {checkpoint["nextEpoch"] + 1}, not {epoch + 1}: it is not '
             'written over. Resume with loadCheckpoint in the same cell as the loop; for a new run, set another '
             'config.OUTPUT_FOLDER or delete the file.'
         )
-    if model is not None and checkpoint['identity'] and identityOf(model):
-        _checkPatients(config.LAST_CHECKPOINT, checkpoint['identity'], identityOf(model), 'the model')
+    if model is not None and checkpoint['provenance'] and provenanceOf(model):
+        _checkData(config.LAST_CHECKPOINT, checkpoint['provenance'], provenanceOf(model), 'the model')
     return checkpoint
 
 
 def loadModel(path):
-    """Return the model of a checkpoint, on `config.DEVICE`. It needs no configuration: `engine.predict` follows it.
+    """Return the model of a checkpoint, on `config.DEVICE`; `engine.predict` uses the settings of its training.
 
-    A warning says so if the learning rate had not fallen to 0 yet: these are not the final weights of the training.
+    A warning says if the learning rate had not fallen to 0: these are not the final weights of the training.
 
     Args:
-        path: `config.RESULT_CHECKPOINT`, or a file that was made elsewhere.
+        path: of the checkpoint, such as `config.RESULT_CHECKPOINT`.
 
     Returns:
-        smp model with the `identity` of its training. It may be trained on: its patients are remembered.
+        smp model with the `provenance` of its training. If it is trained further, the provenance keeps its patients.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a checkpoint of this package, or its model is not one that `engine.makeModel` makes.
+        ValueError: not a checkpoint of this package; its model is not of smp; or it has no provenance, and its
+            modalities or classes are not those of `config`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'The checkpoint {path} does not exist.')
     checkpoint = readCheckpoint(path)
     settings = checkpoint['settings']
-    if checkpoint['identity'] is None:  # prediction then follows config
+    if checkpoint['provenance'] is None:  # prediction then uses config
         names = ('MODALITIES', 'NO_CLASSES', 'CLASS_NAMES')
         _checkSettings(path, settings, {name: plain(getattr(config, name)) for name in names})
     if not hasattr(smp, settings['model']):
@@ -187,7 +195,7 @@ def loadModel(path):
     weights = _bestWeights(checkpoint)
     _checkWeights(path, weights, model.state_dict())
     model.load_state_dict(weights)
-    model.identity = asEarlier(checkpoint['identity'])
+    model.provenance = asEarlier(checkpoint['provenance'])
     _warnOfEarlyWeights(path, checkpoint)
     return model
 
@@ -195,25 +203,24 @@ def loadModel(path):
 def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
     """Restore a run from a checkpoint.
 
-    With an optimizer, the run is resumed with its random generators, and its patch files have to be the same. Without
-    one, only weights are loaded, those of the moving average if there is one: if they are trained on other patients
-    next, both are remembered.
+    With an optimizer, the run is resumed with the states of its random generators; the patch files have to be the same.
+    Without one, only the weights are loaded, those of the moving average if there is one. If they are trained further,
+    `model.provenance` keeps their patients.
 
     Args:
         model, optimizer, scheduler, scaler: as in `makeCheckpoint`; changed in place. All but the model may be None.
+        path: `config.LAST_CHECKPOINT` to resume, `config.RESULT_CHECKPOINT` to predict. Only tensors and plain values
+            are loaded, so a file from elsewhere cannot run code.
         average: as in `makeCheckpoint`, to resume.
-        path: `config.LAST_CHECKPOINT` to resume, `config.RESULT_CHECKPOINT` to test. Only tensors and plain values are
-            loaded, so a file from elsewhere cannot run code.
 
     Returns:
-        model, optimizer, scheduler, scaler, epoch, trainLoss, valLoss, bestValLoss: `epoch` is the next one to run.
-        If the file does not exist: the same objects, epoch 0 and infinite losses.
+        model, optimizer, scheduler, scaler, epoch, trainLoss, valLoss, bestValLoss: `epoch` is the next one to run,
+        counted from 0. If the file does not exist: the objects as they are, epoch 0 and infinite losses.
 
     Raises:
-        ValueError: the file is not a checkpoint of this package, or belongs to another model, modalities or classes;
-            or the run is resumed with other patients or files (those of `config.TRAIN_FILE` and `config.VAL_FILE`),
-            or with another optimizer or other numbers of the training; or there is no file, and the optimizer has
-            been used already.
+        ValueError: the file is not a checkpoint of this package, or belongs to another model, modalities or classes.
+            The run is resumed with other patients in `config.TRAIN_FILE` or `config.VAL_FILE`, another optimizer, or
+            other settings of the training. Or there is no file, and the optimizer has been used already.
     """
     if not Path(path).is_file():
         _tellFreshStart(path, optimizer)
@@ -221,12 +228,10 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
     checkpoint = readCheckpoint(path)
     _checkSettings(path, checkpoint['settings'], _settings(model))
     weights = checkpoint['model'] if optimizer is not None else _bestWeights(checkpoint)
-    _checkWeights(path, weights, bare(model).state_dict())
+    _checkWeights(path, weights, unwrap(model).state_dict())
     if optimizer is not None:
-        _checkSettings(path, checkpoint['recipe'], _recipe() if checkpoint['recipe'] else {})
-        if checkpoint['optimizerName'] not in (None, type(optimizer).__name__):
-            _checkSettings(path, {'optimizer': checkpoint['optimizerName']}, {'optimizer': type(optimizer).__name__})
-        _checkFiles(path, checkpoint['identity'])
+        _checkSettings(path, checkpoint['recipe'], {**_recipe(), 'optimizer': type(optimizer).__name__})
+        _checkFiles(path, checkpoint['provenance'])
         if (average is None) != (checkpoint['average'] is None):
             raise ValueError(
                 f'{path} was made {"without" if average else "with"} a moving average; resume it likewise.'
@@ -235,13 +240,15 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
             average.load_state_dict(checkpoint['average'])
         _checkSteps(path, checkpoint['scheduler'], scheduler)
         _tellOtherLength(checkpoint)
-    bare(model).load_state_dict(weights)
-    bare(model).identity = checkpoint['identity'] if optimizer is not None else asEarlier(checkpoint['identity'])
+    unwrap(model).load_state_dict(weights)
+    unwrap(model).provenance = (
+        checkpoint['provenance'] if optimizer is not None else asEarlier(checkpoint['provenance'])
+    )
     if optimizer is not None:
         _restoreRandomStates(checkpoint['random'])
         optimizer.load_state_dict(checkpoint['optimizer'])
     if average is not None:
-        bare(average).identity = identityOf(model)
+        unwrap(average).provenance = provenanceOf(model)
     if scheduler is not None and checkpoint['scheduler'] is not None:
         scheduler.load_state_dict(checkpoint['scheduler'])
     if scaler is not None and scaler.is_enabled() and checkpoint['scaler']:  # the state of a disabled one is empty
@@ -253,7 +260,7 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
 
 
 def _warnOfEarlyWeights(path, checkpoint):
-    """Warn if the schedule of a checkpoint's training had not reached its end."""
+    """Warn if the schedule of a checkpoint had not ended."""
     state = checkpoint['scheduler'] or {}
     if state.get('last_epoch', 0) < state.get('numSteps', 0):
         warnings.warn(
@@ -265,7 +272,7 @@ def _warnOfEarlyWeights(path, checkpoint):
 
 
 def _tellFreshStart(path, optimizer):
-    """Print that there is no checkpoint; raise a ValueError if the model is not fresh."""
+    """Print that there is no checkpoint; raise a ValueError if the optimizer has been used already."""
     if optimizer is not None and optimizer.state:
         raise ValueError(f'No checkpoint at {path}, but the model has been trained already: make the model again.')
     print(f'No checkpoint at {path}: {"starting from epoch 1" if optimizer else "the weights stay as they are"}.')
@@ -281,7 +288,7 @@ def _bestWeights(checkpoint):
 
 
 def _checkSteps(path, state, scheduler):
-    """Raise a ValueError if a schedule that counts batches is resumed with other ones."""
+    """Raise a ValueError if a schedule that is stepped by the batch is resumed with another number of batches."""
     found, expected = (state or {}).get('stepsPerEpoch'), getattr(scheduler, 'stepsPerEpoch', None)
     if None not in (found, expected) and found != expected:
         raise ValueError(
@@ -291,11 +298,14 @@ def _checkSteps(path, state, scheduler):
 
 
 def _tellOtherLength(checkpoint):
-    """Print what follows if a run is resumed with another number of epochs or ranks."""
-    if (ranks := checkpoint.get('ranks', 1)) != numRanks():
-        print(f'The run had {ranks} ranks and now has {numRanks()}: the same batches, but augmented by other draws.')
+    """Print what changes if a run is resumed with another number of ranks or epochs."""
+    if checkpoint['ranks'] != numRanks():
+        print(
+            f'The run had {checkpoint["ranks"]} ranks and now has {numRanks()}: the same batches, but augmented by '
+            'other draws.'
+        )
     before, done = checkpoint['epochs'], checkpoint['nextEpoch']
-    if config.SCHEDULE == 'poly' and before is not None and before != config.EPOCHS:
+    if config.SCHEDULE == 'poly' and before != config.EPOCHS:
         left, planned = ((1 - min(1, done / epochs)) ** config.POLY_POWER for epochs in (config.EPOCHS, before))
         print(
             f'The run was begun for {before} epochs and now has {config.EPOCHS}: after {done} epochs the learning rate '
@@ -304,11 +314,11 @@ def _tellOtherLength(checkpoint):
 
 
 def readHistory():
-    """Return the losses so far, from `history.csv` in the folder of `config.LAST_CHECKPOINT`.
+    """Return the history of losses, from `history.csv` beside `config.LAST_CHECKPOINT`.
 
     Returns:
         DataFrame, one row per epoch, with the columns `epoch` (from 1), `trainLoss`, `valLoss`, `learnRate`
-        and, if they were given, `diceWT`, `diceTC`, `diceET`.
+        and, if the Dice was given to `makeCheckpoint`, `diceWT`, `diceTC`, `diceET`.
 
     Raises:
         FileNotFoundError: no epoch has ended yet.
@@ -323,11 +333,11 @@ def _historyFile():
 def _settings(model):
     """Return the settings that must be the same when a checkpoint is written and loaded."""
     names = ('MODALITIES', 'NO_CLASSES', 'CLASS_NAMES', 'ENCODER_NAME', 'ENCODER_DEPTH', 'DECODER_CHANNELS')
-    return {'model': type(bare(model)).__name__, **{name: plain(getattr(config, name)) for name in names}}
+    return {'model': type(unwrap(model)).__name__, **{name: plain(getattr(config, name)) for name in names}}
 
 
 def _recipe():
-    """Return the numbers of the training that must be the same when a run is resumed."""
+    """Return the settings of the training that must be the same when a run is resumed."""
     return {name: plain(getattr(config, name)) for name in _RECIPE}
 
 
@@ -341,39 +351,32 @@ def _checkSettings(path, found, expected):
             )
 
 
-def _checkFiles(path, identity):
-    """Raise a ValueError if a run is resumed and its patch files hold other data than it was trained on."""
-    train, val = (_readIdentity(file) for file in (config.TRAIN_FILE, config.VAL_FILE))
-    if identity and identity['patients'] and train:
-        # the file may hold more than is trained on; `engine.train` compares what the loader gives
-        used = {patient: content for patient, content in train['patients'].items() if patient in identity['patients']}
-        _checkPatients(path, identity, {**train, 'patients': used}, f'config.TRAIN_FILE, {config.TRAIN_FILE}')
-    if identity and identity['validated'] and val:
-        validated = {**val, 'patients': identity['validated']}
-        used = {patient: content for patient, content in val['patients'].items() if patient in identity['validated']}
-        _checkPatients(path, validated, {**val, 'patients': used}, f'config.VAL_FILE, {config.VAL_FILE}')
+def _checkFiles(path, provenance):
+    """Raise a ValueError if the patch files hold other data than the run to resume was trained on."""
+    for name, key in (('TRAIN_FILE', 'patients'), ('VAL_FILE', 'validated')):
+        file = getattr(config, name)
+        try:
+            found = readProvenance(file)
+        except (OSError, KeyError, ValueError):  # missing, damaged, or shards: `engine.train` compares instead
+            continue
+        if provenance and provenance[key]:
+            # the file may hold more patients than the loader yields, which `engine.train` compares
+            used = {patient: sums for patient, sums in found['patients'].items() if patient in provenance[key]}
+            seen = {**provenance, 'patients': provenance[key]}
+            _checkData(path, seen, {**found, 'patients': used}, f'config.{name}, {file}')
 
 
-def _readIdentity(file):
-    """Return the identity of a patch file; None if it is missing, damaged or of another version."""
-    try:
-        return readIdentity(file)
-    except (OSError, KeyError, ValueError):
-        return None
-
-
-def _checkPatients(path, identity, found, where):
-    """Raise a ValueError if the identity of a checkpoint differs from another one."""
-    differing = [*differences(identity, found, {**SEEN, **CUT}), patientDifferences(identity, found)]
-    if any(differing):
+def _checkData(path, provenance, found, where):
+    """Raise a ValueError if the provenance of a checkpoint differs from that of `where`."""
+    if texts := differences(provenance, found):
         raise ValueError(
-            f'{path} belongs to a run on other data than {where}: {"; ".join(filter(None, differing))}. '
+            f'{path} belongs to a run on other data than {where}: {"; ".join(texts)}. '
             'Set another config.OUTPUT_FOLDER for each run, for example one for each fold.'
         )
 
 
 def _checkWeights(path, found, expected):
-    """Raise a ValueError, before anything is copied, if weights belong to another model."""
+    """Raise a ValueError if names or shapes of the weights are not those of the model."""
     for name in sorted(found.keys() | expected.keys()):
         shapes = [tuple(weights[name].shape) if name in weights else 'absent' for weights in (found, expected)]
         if shapes[0] != shapes[1]:
@@ -383,20 +386,15 @@ def _checkWeights(path, found, expected):
 
 
 def readCheckpoint(path, **options):
-    """Return the content of a checkpoint file in today's format; raise a ValueError if it cannot be read."""
+    """Return the content of a checkpoint file; raise a ValueError if it cannot be read or has another format."""
     try:
         checkpoint = torch.load(str(path), map_location='cpu', weights_only=True, **options)
         found = int(checkpoint['format'])
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f'{path} is not a checkpoint of this package, or is damaged: {reason}') from error
-    if found > FORMAT:
-        raise ValueError(f'{path} has the format {found}, this version reads up to {FORMAT}: update the package.')
-    if found == 1:
-        checkpoint['history'] = [{**row, 'epoch': row['epoch'] + 1} for row in checkpoint['history']]
-        checkpoint['settings']['model'] = checkpoint['settings'].pop('network')
-    if found < 3:
-        checkpoint |= {'recipe': {}, 'identity': None, 'average': None, 'epochs': None, 'optimizerName': None}
+    if found != FORMAT:
+        raise ValueError(f'{path} has the format {found}, this version reads {FORMAT}: use the version that wrote it.')
     return checkpoint
 
 
@@ -407,12 +405,12 @@ def _randomStates():
         'torch': torch.get_rng_state(),
         'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         'python': random.getstate(),
-        'numpy': [kind, keys.tolist(), *rest],  # weights-only loading refuses arrays
+        'numpy': [kind, keys.tolist(), *rest],  # torch.load with weights_only refuses arrays
     }
 
 
 def _restoreRandomStates(states):
-    """Restore what `_randomStates` returned; GPUs only if their number is the same."""
+    """Restore what `_randomStates` returned; for GPUs, only if their number is the same."""
     torch.set_rng_state(states['torch'])
     if states['cuda'] and len(states['cuda']) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states['cuda'])

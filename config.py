@@ -1,4 +1,4 @@
-"""The numbers of one run, in the order in which the data meets them. Set any of them before you call."""
+"""The settings of a run, in the order in which the data meets them. Change them before you call other modules."""
 
 import functools
 import os
@@ -6,21 +6,22 @@ import re
 import sys
 from pathlib import Path
 
-# Patients. DATA_FOLDER is found when first read: the environment variable BRATS_FOLDER, else /kaggle/input if it holds
-# files of BraTS, else None. OUTPUT_FOLDER too: /kaggle/working, a mounted Drive on Colab, else the current folder.
-EDITION = None  # e.g. 'BraTS2020' if file names do not say the edition; None: detected from the names
-OWN_EDITIONS = {}  # name -> editions.Edition of a data set of your own, see docs/editions.md
+# Patients. DATA_FOLDER and OUTPUT_FOLDER are found when they are read, unless they are set. DATA_FOLDER is the
+# environment variable BRATS_FOLDER, else /kaggle/input if it holds files of BraTS, else None. OUTPUT_FOLDER is
+# /kaggle/working, else a mounted Drive on Colab, else the current folder.
+EDITION = None  # such as 'BraTS2020', if the file names do not tell it; None: detected from the names
+OWN_EDITIONS = {}  # name -> patients.Edition of a data set of your own, see docs/editions.md
 MODALITIES = ('t1ce', 't2', 'flair')  # the model's channels, in this order; t1 adds little
 SEED = 0  # of the split, the background patches and the training
-VAL_FRACTION = 0.15  # of the patients with a segmentation; scored after each epoch
-TEST_FRACTION = 0.15  # of the same; used once, at the end
+VAL_FRACTION = 0.15  # of the patients with a segmentation; validated on after each epoch
+TEST_FRACTION = 0.15  # of the same patients; scored once, at the end
 
 # Patches. TRAIN_FILE and VAL_FILE lie in OUTPUT_FOLDER.
-PLANES = ('axial', 'coronal', 'sagittal')  # whose slices one network learns; predictions are averaged over them
-SLICE_STEP = 3  # every third slice of each plane, from a start drawn per patient: neighbours look nearly the same
+PLANES = ('axial', 'coronal', 'sagittal')  # one model is trained on their slices; predictions are averaged over them
+SLICE_STEP = 3  # every third slice of each plane, as neighbours look alike; the first is drawn per patient
 PATCH_SIZE = 128  # pixels, both axes; a multiple of 2 ** ENCODER_DEPTH
-PATCH_STRIDE = 112  # pixels; 240 pixels have windows at 0 and 112
-RANDOM_STARTS = True  # as many windows, but each starts anywhere, drawn per slice: a tumor is cut in many ways
+PATCH_STRIDE = 112  # pixels between windows: along 240 pixels they start at 0 and 112
+RANDOM_STARTS = True  # the same number of windows, but at starts drawn per slice: a tumor is cut in many ways
 PREPROCESS_WORKERS = 2  # threads that read and cut patients; each holds one patient, about 0.4 GB
 ON_BAD_PATIENT = 'stop'  # or 'leaveOut': patients whose files cannot be used are left out and named
 BACKGROUND_SHARE = 0.1  # fraction of the brain patches without tumor to keep, in training and validation
@@ -28,89 +29,94 @@ STRETCH_PERCENTILES = (0.5, 99.5)  # of the brain's intensities, mapped to STRET
 STRETCH_RANGE = (-1, 1)  # the background becomes the lower end
 
 # Augmentation, in torchio's terms
-SPATIAL_PROBABILITY = 0.95  # that one of the four below is applied; their weights follow
+SPATIAL_PROBABILITY = 0.95  # that one of the four below is applied, drawn by these weights
 FLIP_WEIGHT = 0.35
 AFFINE_WEIGHT = 0.35
 ANISOTROPY_WEIGHT = 0.15
 ELASTIC_WEIGHT = 0.15
 FLIP_AXES = (0, 1)
-FLIP_PROBABILITY = 0.5  # of each axis, if a flip is drawn
+FLIP_PROBABILITY = 0.5  # of each axis, once a flip is drawn
 AFFINE_SCALES = 0.1  # 0.9 to 1.1 along each axis
 AFFINE_DEGREES = (0, 0, 0, 0, -20, 20)  # within the slice only: other rotations would leave it
 ANISOTROPY_AXES = (0, 1)
 ANISOTROPY_DOWNSAMPLING = (1.5, 2.5)
-ELASTIC_DISPLACEMENT = (2, 2, 0)  # pixels at most, at each control point
+ELASTIC_DISPLACEMENT = (2, 2, 0)  # pixels along each axis, largest displacement of a control point
 CONTRAST_PROBABILITY = 0.8  # that gamma, contrast and brightness of each modality change; 0: never
-CONTRAST = (0.5, 0.25, 0.1)  # at most: of log(gamma), of the factor about 1, and added, as fractions of STRETCH_RANGE
+# largest abs(log(gamma)), abs(contrast - 1) and brightness, the last as a fraction of STRETCH_RANGE
+CONTRAST = (0.5, 0.25, 0.1)
 INTENSITY_PROBABILITY = 0.95  # that one of the two below is applied, with equal odds
-NOISE_STD = 0.1  # at most, on the scale of STRETCH_RANGE
-BIAS_COEFFICIENTS = 0.1  # at most, of the bias field's polynomial
+NOISE_STD = 0.1  # largest standard deviation, on the scale of STRETCH_RANGE
+BIAS_COEFFICIENTS = 0.1  # largest coefficient of the bias field's polynomial
 
 # Loading
 BATCHSIZE = 32  # patches; fits a 16 GB card with a resnet34
-CACHE_PATCHES = 0.45  # of the machine's memory; files with fewer patches are held there, shared by the workers
+CACHE_PATCHES = 0.45  # of the machine's memory; patch files up to this size are held in memory, shared by the workers
 LOADER_WORKERS = 2  # processes; Colab has 2 cores, Kaggle 4
 
-# Model. ENCODER_IN_CHANNEL is the number of MODALITIES. CLASS_NAMES, CLASS_COLORS and REGIONS (name -> classes, as they
-# are scored) follow NO_CLASSES; with other numbers than 2, 4 and 5 set all four.
+# Model. ENCODER_IN_CHANNEL is the number of MODALITIES. CLASS_NAMES, CLASS_COLORS and REGIONS (name -> its classes, for
+# the scores) follow from NO_CLASSES if it is 2, 4 or 5; set them too if it is another number.
 ENCODER_NAME = 'resnet34'
 ENCODER_WEIGHTS = 'imagenet'  # downloaded once; without internet the encoder starts from random weights, with a message
 ENCODER_DEPTH = 5
 DECODER_CHANNELS = (256, 128, 64, 32, 16)
 NO_CLASSES = 4  # 5: the resection cavity is class 4, not background; 2: all tumor is class 1
 
-# Training. DEVICE ('cuda', 'mps' or 'cpu') is found by trying it when first read. TIME_BUDGET is the hours from the
-# start of the process in which training has to end: 8.5 on Kaggle, where sessions end after 9 or 12 hours, else None.
-# If not all steps fit, a 'poly' schedule ends sooner; a run with 'plateau' stops and can be resumed. PATIENCE is the
-# number of epochs without a better validation loss after which training stops: 10 for 'plateau', None for 'poly'.
-LOSS = 'dice+ce'  # or 'focal', the document's
+# Training. DEVICE is 'cuda' if a GPU computes in a trial, else 'mps' or 'cpu'. TIME_BUDGET is the hours, counted from
+# the start of the process, in which the training has to end: 8.5 on Kaggle, where sessions end after 9 or 12 hours,
+# else None. If not all steps fit, a 'poly' schedule is shortened; a run with 'plateau' stops and can be resumed.
+# PATIENCE is the number of epochs without a better validation loss after which training stops: 10 for 'plateau', None
+# for 'poly'.
+LOSS = 'dice+ce'  # or 'focal'
 LOSS_GAMMA = 2.0  # of the focal loss: larger values weigh easy pixels less
-LEARN_RATE = 1e-3  # of Adam, at most
+LEARN_RATE = 1e-3  # of Adam; the schedule lowers it
 WEIGHT_DECAY = 1e-5
-GRADIENT_CLIP = 1.0  # norm of the whole gradient; a rare bad batch must not undo an epoch
-SCHEDULE = 'poly'  # the learning rate rises over WARMUP steps and falls to 0 at the last step; or 'plateau'
+GRADIENT_CLIP = 1.0  # largest norm of the whole gradient, so that a rare bad batch does not undo an epoch
+SCHEDULE = 'poly'  # the learning rate rises for WARMUP steps, then falls to 0 at the last step; or 'plateau'
 WARMUP = 50  # steps
-POLY_POWER = 0.9  # of the decay; 1 is a straight line
-SCHEDULER_FACTOR = 0.5  # of 'plateau': the learning rate is multiplied by it
+POLY_POWER = 0.9  # exponent of the decay; 1: a straight line
+SCHEDULER_FACTOR = 0.5  # of 'plateau': what the learning rate is multiplied by
 SCHEDULER_PATIENCE = 3  # of 'plateau': epochs without a better validation loss before the rate falls
-AVERAGE = 0.05  # of all steps: the moving average of the weights reaches back so far; 0: no average
+AVERAGE = 0.05  # horizon of the moving average of the weights, as a fraction of all steps; 0: none
 EPOCHS = 30
 
-# Checkpoints: LAST_CHECKPOINT and BEST_CHECKPOINT (the lowest validation loss) lie in OUTPUT_FOLDER, and so does
-# history.csv. RESULT_CHECKPOINT is the one to predict with: the last one of 'poly', whose rate has fallen to 0, and the
-# best one of 'plateau'.
+# Checkpoints. LAST_CHECKPOINT, BEST_CHECKPOINT (the lowest validation loss) and history.csv lie in OUTPUT_FOLDER.
+# RESULT_CHECKPOINT is the one to predict with: the last one for 'poly', whose learning rate has fallen to 0, the best
+# one for 'plateau'.
 
 # Prediction
 PREDICT_BATCH = 64  # patches of PATCH_SIZE x PATCH_SIZE per forward pass; bounds the memory
 
-# Scores. By default patients are scored by the rules of BraTS 2020, lesions by those of 2023; metrics/rules.py has all.
+# Scores. By default, patients are scored as in BraTS 2020 and lesions as in 2023; metrics/rules.py has the others.
+MAIN_REGIONS = ('WT', 'TC', 'ET')  # that the challenge ranks by; those of them in REGIONS are scored
 HD95_EMPTY = {'challenge': 373.12866, 'surface-distance': 374.0, 'pooled': 373.0}  # mm, if one mask is empty
 CONFIDENCE = 0.95  # level of the confidence interval of a mean
-BOOTSTRAP_RESAMPLES = 10_000  # for the interval
-QUALITY_LEVEL = 0.9  # probability that the Dice of a patient without truth lies in the interval of its estimate
+BOOTSTRAP_RESAMPLES = 10_000  # for this interval
+QUALITY_LEVEL = 0.9  # probability that the true Dice lies in the interval of its estimate
 QUALITY_LIMIT = 0.7  # Dice; patients with a lower estimate are flagged
 
-# The document's recipe: vars(config).update(config.DOCUMENT)
+# The simple recipe that docs/recipes.md calls "document". Use it by vars(config).update(config.DOCUMENT); the other
+# settings stay as above. The original clips no gradient, but only a bad batch reaches GRADIENT_CLIP.
 DOCUMENT = {
     'PLANES': ('axial',),
     'SLICE_STEP': 1,
     'RANDOM_STARTS': False,
     'BACKGROUND_SHARE': 0.0,
+    'FLIP_PROBABILITY': 1.0,  # always both axes
     'LOSS': 'focal',
     'SCHEDULE': 'plateau',
     'AVERAGE': 0.0,
     'CONTRAST_PROBABILITY': 0.0,
 }
 
-# Without BraTS: phantoms, and numbers for two CPU cores. The notebook puts these in place of the above.
+# The demo, without BraTS: phantoms, and settings for two CPU cores. The notebook uses them in place of the above.
 DEMO = {
     'DATA_FOLDER': 'demo/phantoms',
-    'OUTPUT_FOLDER': 'demo',  # apart from any real run
+    'OUTPUT_FOLDER': 'demo',  # not where real runs are
     'ENCODER_NAME': 'resnet18',
     'DECODER_CHANNELS': (128, 64, 32, 16, 16),
     'BATCHSIZE': 16,
-    'EPOCHS': 5,
-    'LOADER_WORKERS': 0,  # starting workers takes a fifth of such a small epoch
+    'EPOCHS': 3,
+    'LOADER_WORKERS': 0,  # starting workers would take a fifth of so small an epoch
 }
 DEMO_PATIENTS = 12
 
@@ -121,8 +127,8 @@ def _findDataFolder():
 
 @functools.cache
 def _findOnKaggle():
-    # neither the results of earlier runs nor their phantoms
-    # .h5: single slices of 2020, which patients.makeFileList refuses in words
+    # the names exclude results of earlier runs and their phantoms
+    # .h5: single slices of BraTS 2020; patients.makeFileList says why they cannot be used
     isBrats = re.compile(r'^(?!.*/phantoms/).*([_-](flair|t2f)\.nii|/imagesT[rs]/BRATS_|\.h5$)', re.IGNORECASE)
     kaggle = Path('/kaggle/input')
     patterns = ('*.nii*', 'volume_*_slice_*.h5')
@@ -144,7 +150,7 @@ def _findDevice():
 
     if torch.cuda.is_available():
         try:
-            # available() is True on cards that this build has no kernels for: run one
+            # is_available() is True even on cards that this build has no kernels for: run one
             (torch.ones(8, 8, device='cuda') @ torch.ones(8, 8, device='cuda')).sum().item()
             return 'cuda'
         except RuntimeError as error:
@@ -156,8 +162,8 @@ def _findDevice():
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
-CAVITY_CLASS = ('resection cavity', '#B8A0F0')  # name and color of class 4, where it is shown
-_CLASSES = (  # name and color, distinct for color-blind readers and from grey
+CAVITY_CLASS = ('resection cavity', '#B8A0F0')  # name and color of class 4
+_CLASSES = (  # name and color of each class; color-blind readers can tell them apart, and from grey
     ('background', '#000000'),
     ('necrotic core', '#2F6BFF'),
     ('edema', '#F0E442'),
@@ -180,16 +186,17 @@ def _findClasses(column):
 def _findRegions():
     if NO_CLASSES == 2:
         return {'WT': (1,)}
-    _findClasses(0)  # refuses other numbers
+    _findClasses(0)  # raises a ValueError for other numbers
     regions = {'WT': (1, 2, 3), 'TC': (1, 3), 'ET': (3,), 'NCR': (1,), 'ED': (2,), 'RC': (4,)}
     return {name: classes for name, classes in regions.items() if max(classes) < NO_CLASSES}
 
 
 def _inOutputFolder(name):
+    # through the module, so that __getattr__ finds OUTPUT_FOLDER if it is not set
     return lambda: os.path.join(sys.modules[__name__].OUTPUT_FOLDER, name)
 
 
-# Found when first read; a value assigned to the name overrides it.
+# Found each time they are read; a value assigned to the name overrides it.
 _FOUND = {
     'DATA_FOLDER': _findDataFolder,
     'OUTPUT_FOLDER': _findOutputFolder,
@@ -211,12 +218,12 @@ _FOUND = {
 
 
 def __dir__():
-    """Return the names of all values, those that are found included."""
+    """Return the names of all settings, also of those in `_FOUND`."""
     return sorted({*globals(), *_FOUND})
 
 
 def __getattr__(name):
-    """Return a value that is not assigned but found: folders, files, device (PEP 562)."""
+    """Return a setting of `_FOUND` that was not assigned (PEP 562)."""
     if name in _FOUND:
         return _FOUND[name]()
     raise AttributeError(f'config has no {name}')

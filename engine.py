@@ -1,51 +1,288 @@
-"""Train a model, validate it and predict with it."""
+"""Make a model, its loss, schedule and moving average; train, validate and predict."""
 
 import gc
+import logging
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from types import NoneType
+from typing import NamedTuple
 
+import psutil
+import segmentation_models_pytorch as smp
 import torch
+from torch.nn.functional import normalize
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 
 import config
-from parallel import leaveOut
-from patients import maskFunction, patientOf, readCase, spacingOf
-from ranks import sumOverRanks
-from recipe import (
-    MovingAverage,
-    PolySchedule,
-    autocast,
-    availableWeights,
-    makeAverage,
-    makeCriterion,
-    makeModel,
-    makeScheduler,
-    precision,
+from patients.parallel import leaveOut
+from patients.reading import maskFunction, patientOf, readCase, spacingOf
+from patients.volumes import PLANES, boundingBox, groupWindows, planWindows, warnOfUnfit, withChannels
+from provenance import (
+    inputsOf,
+    membersFor,
+    membersOf,
+    noteTraining,
+    noteValidation,
+    provenanceOf,
+    unwrap,
+    warnOfTrained,
 )
-from trained import bare, followAll, identityOf, membersFor, membersOf, noteTraining, noteValidation, warnOfTrained
+from ranks import fromFirst, rank, sumOverRanks
 from transforms import transformVolume
-from volumes import PLANES, boundingBox, planWindows, warnOfUnfit, withChannels
-from windows import predictPatches, predictSlices
 
-__all__ = [
-    'availableWeights',
-    'makeAverage',
-    'makeCriterion',
-    'makeModel',
-    'makeScheduler',
-    'precision',
-    'predict',
-    'predictAll',
-    'train',
-    'validate',
-]
+_STEPS_TO_MEASURE = 200  # steps after which the speed of the training is known
+_TIME_USED = 0.95  # fraction of the remaining time that a shortened schedule uses; the rest is for validation
 
-_CHECK_EVERY = 20  # batches between two checks of the loss: each makes the GPU wait for the host
+
+def precision(device):
+    """Return the dtype that autocast uses on a device, or None if autocast is off there.
+
+    bfloat16 if the device computes in it natively (GPUs from Ampere on, processors with AVX512_BF16 or AMX); float16 on
+    older GPUs, where the gradient needs a scaler (`torch.amp.GradScaler(device, enabled = precision(device) is
+    torch.float16)`); None elsewhere.
+
+    Args:
+        device: torch device or its name.
+    """
+    kind = torch.device(device).type
+    if kind == 'cuda':
+        # by default it is True on a T4 too, which emulates bfloat16 slowly
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if kind == 'cpu':
+        capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
+        return torch.bfloat16 if capabilities.get('avx512_bf16') or capabilities.get('amx_bf16') else None
+    return None
+
+
+def autocast(device):
+    """Return the autocast context of a device, switched off where `precision` is None."""
+    dtype = precision(device)
+    return torch.autocast(torch.device(device).type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def makeModel():
+    """Return the U-Net that `config` describes, on `config.DEVICE`.
+
+    Returns:
+        smp.Unet: takes float (B, ENCODER_IN_CHANNEL, H, W) and returns logits (B, NO_CLASSES, H, W). H and W have to be
+        multiples of 2 ** ENCODER_DEPTH.
+    """
+    names = ('ENCODER_NAME', 'ENCODER_DEPTH', 'DECODER_CHANNELS', 'NO_CLASSES')
+    settings = {name: getattr(config, name) for name in names}
+    return buildModel('Unet', settings, config.ENCODER_IN_CHANNEL, availableWeights())
+
+
+def buildModel(name, settings, numChannels, weights=None):
+    """Return a model of smp on `config.DEVICE`.
+
+    Args:
+        name: class of smp, such as 'Unet'.
+        settings: dict of the `config` values ENCODER_NAME, ENCODER_DEPTH, DECODER_CHANNELS and NO_CLASSES.
+        numChannels: channels of the input.
+        weights: of the encoder, as smp names them; None: random.
+    """
+    return getattr(smp, name)(
+        settings['ENCODER_NAME'],
+        encoder_depth=settings['ENCODER_DEPTH'],
+        encoder_weights=weights,
+        decoder_channels=settings['DECODER_CHANNELS'],
+        in_channels=numChannels,
+        classes=settings['NO_CLASSES'],
+    ).to(config.DEVICE)
+
+
+def availableWeights():
+    """Return `config.ENCODER_WEIGHTS`; or None, with a message, if they cannot be downloaded.
+
+    The encoder then starts from random weights. The state of the random generators does not change.
+    """
+    if config.ENCODER_WEIGHTS is None:
+        return None
+    hub = logging.getLogger('huggingface_hub')  # offline it tries for half a minute, with many warnings
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            smp.encoders.get_encoder(config.ENCODER_NAME, weights=config.ENCODER_WEIGHTS)
+        return config.ENCODER_WEIGHTS
+    except OSError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f'The {config.ENCODER_WEIGHTS} weights of {config.ENCODER_NAME} cannot be loaded ({reason})')
+        print('The encoder starts from random weights instead: it needs more epochs.')
+        return None
+    finally:
+        hub.setLevel(level)
+
+
+def makeCriterion():
+    """Return the loss that `config.LOSS` names.
+
+    - `'dice+ce'`: smp's Dice loss plus cross-entropy. The Dice of each class is computed over the pixels of the whole
+      batch, then averaged over the classes that the batch has.
+    - `'focal'`: smp's focal loss with `config.LOSS_GAMMA`. It is one-vs-rest: a sigmoid for each class.
+
+    Returns:
+        torch.nn.Module: takes logits (B, NO_CLASSES, H, W) and classes int64 (B, H, W), returns the mean loss.
+
+    Raises:
+        ValueError: another name.
+
+    Reference:
+        Lin et al., Focal Loss for Dense Object Detection (arXiv:1708.02002).
+    """
+    if config.LOSS == 'focal':
+        return smp.losses.FocalLoss(mode='multiclass', gamma=config.LOSS_GAMMA)
+    if config.LOSS == 'dice+ce':
+        return DiceAndCrossEntropy()
+    raise ValueError(f"config.LOSS is {config.LOSS!r}; 'dice+ce' or 'focal' was expected.")
+
+
+class DiceAndCrossEntropy(torch.nn.Module):
+    """The sum of smp's Dice loss and torch's cross-entropy."""
+
+    def __init__(self):
+        super().__init__()
+        self.dice, self.crossEntropy = smp.losses.DiceLoss(mode='multiclass'), torch.nn.CrossEntropyLoss()
+
+    def forward(self, logits, label):
+        return self.dice(logits, label) + self.crossEntropy(logits, label)
+
+
+def makeScheduler(optimizer, numSteps):
+    """Return the learning rate scheduler that `config.SCHEDULE` names.
+
+    - `'poly'`: a linear warm-up of `config.WARMUP` steps, then a polynomial decay of power `config.POLY_POWER` to 0 at
+      the last step. `engine.train` steps it after each batch, and shortens it if not all steps fit into
+      `config.TIME_BUDGET`.
+    - `'plateau'`: torch's ReduceLROnPlateau; call `scheduler.step(valLoss)` after each epoch.
+
+    Args:
+        optimizer: whose rate is set.
+        numSteps: batches of the whole training, `config.EPOCHS * len(loader)`.
+
+    Raises:
+        ValueError: another name.
+    """
+    if config.SCHEDULE == 'plateau':
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=config.SCHEDULER_FACTOR, patience=config.SCHEDULER_PATIENCE
+        )
+    if config.SCHEDULE != 'poly':
+        raise ValueError(f"config.SCHEDULE is {config.SCHEDULE!r}; 'poly' or 'plateau' was expected.")
+    return PolySchedule(optimizer, numSteps)
+
+
+class PolySchedule(torch.optim.lr_scheduler.LRScheduler):
+    """A linear warm-up, then a polynomial decay to 0 at the last step. `fit` moves the last step if the time is short.
+
+    Attributes:
+        numSteps: steps of the whole training.
+        planned: `numSteps` before the schedule was shortened.
+        stepsPerEpoch: batches of an epoch; a resumed run has to have the same.
+    """
+
+    def __init__(self, optimizer, numSteps):
+        self.numSteps = self.planned = numSteps
+        self.stepsPerEpoch = numSteps / config.EPOCHS
+        self._begun = None  # hours and step at the first call of `fit` in this process
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        """Return the rates of the next step, as torch's schedulers do."""
+        warmup = min(config.WARMUP, self.planned // 10)
+        rest = max(0.0, 1 - self.last_epoch / self.numSteps)
+        factor = min(1.0, (self.last_epoch + 1) / (warmup + 1)) * rest**config.POLY_POWER
+        return [rate * factor for rate in self.base_lrs]
+
+    @property
+    def hasEnded(self):
+        """Return whether the last step was made, after which the learning rate is 0."""
+        return self.last_epoch >= self.numSteps
+
+    def fit(self):
+        """Shorten the schedule, with a message, if the steps that are left do not fit into `config.TIME_BUDGET`.
+
+        `engine.train` calls it every few batches. The speed is measured in this process, validation included, and on
+        rank 0 for all ranks. A schedule never becomes longer.
+        """
+        if config.TIME_BUDGET is None or self.hasEnded:
+            return
+        fitting = fromFirst(self._stepsThatFit())
+        if fitting is None or self.last_epoch + fitting >= self.numSteps:
+            return
+        before, self.numSteps = self.numSteps, self.last_epoch + max(1, int(_TIME_USED * fitting))
+        if rank() == 0:
+            print(
+                f'{self.numSteps} of {before} steps fit into the {config.TIME_BUDGET} hours of config.TIME_BUDGET: '
+                f'the learning rate falls to 0 at step {self.numSteps}, and the training ends there.'
+            )
+
+    def _stepsThatFit(self):
+        """Return how many more steps fit into `config.TIME_BUDGET`; None if the speed is not known yet."""
+        now = hoursUsed()
+        if self._begun is None:
+            self._begun = now, self.last_epoch
+            return None
+        hours, steps, left = now - self._begun[0], self.last_epoch - self._begun[1], config.TIME_BUDGET - now
+        if steps < _STEPS_TO_MEASURE and hours < 0.05 * left:
+            return None
+        return max(0, int(left * steps / hours))
+
+    def state_dict(self):
+        """Return the state for a checkpoint, without the speed, which belongs to this process."""
+        return {name: value for name, value in super().state_dict().items() if name != '_begun'}
+
+    def load_state_dict(self, state):
+        """Restore a state. A shortened schedule stays shortened; any other takes the length of this object."""
+        isShort = state['numSteps'] < state['planned']
+        numSteps = min(state['numSteps'], self.planned) if isShort else self.planned
+        super().load_state_dict({**state, 'numSteps': numSteps, 'planned': self.planned})
+
+
+def hoursUsed():
+    """Return the hours since this process started."""
+    return (time.time() - psutil.Process().create_time()) / 3600
+
+
+def makeAverage(model, numSteps):
+    """Return the exponential moving average of a model's weights and buffers, or None if `config.AVERAGE` is 0.
+
+    The average reaches back over about the fraction `config.AVERAGE` of all steps. At the start of the training it
+    reaches back over fewer, so that the initial weights are soon forgotten. `engine.train` updates it after each batch.
+    It is a model: validate it, and predict with it.
+
+    Args:
+        model: the model that is trained, already on its device.
+        numSteps: batches of the whole training.
+
+    Returns:
+        torch.optim.swa_utils.AveragedModel.
+    """
+    return MovingAverage(model, numSteps) if config.AVERAGE else None
+
+
+class MovingAverage(torch.optim.swa_utils.AveragedModel):
+    """The exponential moving average of `makeAverage`. If the schedule is shortened, `train` sets `numSteps` anew."""
+
+    def __init__(self, model, numSteps):
+        super().__init__(unwrap(model), multi_avg_fn=self._update, use_buffers=True)
+        self.numSteps, self.fraction = numSteps, config.AVERAGE
+
+    def _update(self, averaged, current, onDevice):
+        count = int(self.n_averaged)  # on the CPU; to read `onDevice`, the CPU would wait for the GPU
+        decay = 1 - 1 / max(1.0, self.fraction * self.numSteps)
+        early = min(decay, (1 + count) / (10 + count))
+        torch.optim.swa_utils.get_ema_multi_avg_fn(early)(averaged, current, onDevice)
+
+
+# Training
+
+_CHECK_EVERY = 20  # batches between two checks of the loss, as each makes the CPU wait for the GPU
 
 
 def _deviceOf(model):
@@ -56,29 +293,29 @@ def train(model, criterion, optimizer, scaler, loader, transform=None, scheduler
     """Train the model for one epoch and return the loss summed over samples.
 
     The forward pass runs under autocast (`precision`), the loss in float32. The gradient's norm is clipped to
-    `config.GRADIENT_CLIP`. The model's parameters are converted to channels_last, in place. What the model is trained
-    on is noted as `model.identity`, and the last step's learning rate as `optimizer.learnRate`, for the checkpoint.
+    `config.GRADIENT_CLIP`. The model's parameters are converted to channels_last, in place. `model.provenance` records
+    the data of the training, for the checkpoint.
 
     Args:
         model: takes float (B, C, H, W), returns logits (B, NO_CLASSES, H, W); batches go to its device.
-        criterion: takes logits and int64 (B, H, W), returns the mean loss of a batch.
+        criterion: takes logits and classes int64 (B, H, W), returns the mean loss of the batch.
         optimizer: of the model's parameters.
-        scaler: torch.amp.GradScaler; has no effect if it is disabled.
+        scaler: torch.amp.GradScaler, enabled if `precision` is float16.
         loader: yields batches of (image, label), as a DataLoader over a `utils.BRATSDataset` does.
-        transform: `batched.Batched` or another callable, applied to (image, label) of each batch on the device.
-        scheduler: stepped after each batch, unless it is a ReduceLROnPlateau, which waits for a validation loss. One of
-            `makeScheduler` that decays by the step ends the epoch with its last step, and ends sooner if the time of
-            `config.TIME_BUDGET` is short.
+        transform: `batched.Batched` or another callable: takes and returns (image, label) of a batch, on the device.
+        scheduler: stepped after each batch, unless it is a ReduceLROnPlateau, which needs the validation loss. The
+            'poly' schedule of `makeScheduler` ends the epoch at its last step, and is shortened if not all steps fit
+            into `config.TIME_BUDGET`.
         average: of `makeAverage`; updated after each batch.
 
     Returns:
-        float; divided by the number of samples it is the epoch's loss. If the schedule ends within the epoch, the
-        batches that are left out count as the mean of the others.
+        float; divided by the number of samples it is the epoch's loss. If the schedule ends within the epoch, the sum
+        is scaled up to all batches.
 
     Raises:
-        FloatingPointError: a loss is not finite; batch and learning rate are named. Checkpoints are untouched.
-        ValueError: the loader yields no batch, or the model has been trained on other patients, files or settings, or
-            the schedule has ended before.
+        FloatingPointError: a loss is not finite; batch and learning rate are named.
+        ValueError: the loader yields no batch; the optimizer has no parameter of the model; the model has been trained
+            on other patients, files or settings; or the schedule has ended before.
     """
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group['params']):
@@ -89,19 +326,19 @@ def train(model, criterion, optimizer, scaler, loader, transform=None, scheduler
             f'The schedule has ended after {schedule.numSteps} steps, and the learning rate is 0: the training is '
             'complete. `utils.epochs` stops there; for a longer training, begin a new run.'
         )
-    noteTraining(model, getattr(loader, 'dataset', None), criterion)
+    activation = 'sigmoid' if isinstance(criterion, smp.losses.FocalLoss) else 'softmax'
+    noteTraining(model, getattr(loader, 'dataset', None), activation)
     if getattr(loader, 'persistent_workers', False):
         print('persistent_workers = True: a resumed run will differ from an uninterrupted one.')
     model.to(memory_format=torch.channels_last).train()
     device, isStepped = _deviceOf(model), not isinstance(scheduler, (NoneType, ReduceLROnPlateau))
     if average is not None:
-        bare(average).identity = identityOf(model)
+        unwrap(average).provenance = provenanceOf(model)
         average.to(memory_format=torch.channels_last)
         average.n_averaged = average.n_averaged.cpu()  # a prediction may have moved it
 
     def step(image, label):
         optimizer.zero_grad(set_to_none=True)
-        optimizer.learnRate = float(optimizer.param_groups[0]['lr'])
         loss = criterion(_logits(model, image), label)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -113,7 +350,7 @@ def train(model, criterion, optimizer, scaler, loader, transform=None, scheduler
         if average is not None:
             if schedule is not None and isinstance(average, MovingAverage):
                 average.numSteps = schedule.numSteps
-            average.update_parameters(bare(model))
+            average.update_parameters(unwrap(model))
         return loss.detach()
 
     rate = ', '.join(f'{group["lr"]:.2e}' for group in optimizer.param_groups)
@@ -123,27 +360,27 @@ def train(model, criterion, optimizer, scaler, loader, transform=None, scheduler
 
 
 def validate(model, criterion, loader, dice=False):
-    """Return the loss summed over samples of one epoch, without training.
+    """Return the loss of the model on a loader, summed over samples.
 
-    A warning names patients of the loader that the model was trained on: their loss does not tell the best epoch. The
-    patients are noted in `model.identity`, for the checkpoint.
+    A warning names patients of the loader that the model was trained on, as their loss cannot tell the best epoch.
+    `model.provenance` records the patients, for the checkpoint.
 
     Args:
         model, criterion, loader: as in `train`; or the average of a model.
-        dice: return the Dice of the regions too.
+        dice: return the Dice of the main regions too.
 
     Returns:
-        float; divided by the number of samples it is the epoch's loss. With `dice`, also a dict of WT, TC and ET (those
-        that `config.REGIONS` has) to their Dice: of the pixels of each patient's patches, then the mean over patients
-        (macro average); 1 if a region is neither there nor predicted. Where the loader does not tell which patient a
-        patch is of (it shuffles, or its dataset is not a `utils.BRATSDataset`), all patches count as one patient.
+        float; divided by the number of samples it is the epoch's loss. With `dice`, (loss, dict of region -> Dice) for
+        WT, TC and ET, as far as `config.REGIONS` has them. The Dice is a macro average over patients, each counted over
+        the pixels of its patches; it is 1 where truth and prediction are both empty. All patches count as one patient
+        if the loader shuffles or its dataset is not a `utils.BRATSDataset`.
 
     Raises:
         FloatingPointError: a loss is not finite; the batch is named.
         ValueError: the loader yields no batch, or patches that were cut otherwise than those of the training.
     """
     noteValidation(model, getattr(loader, 'dataset', None))
-    model.to(memory_format=torch.channels_last).eval()  # not in inference_mode: converted there, weights cannot train
+    model.to(memory_format=torch.channels_last).eval()  # weights converted in inference_mode cannot train
     classes, device, patients = config.NO_CLASSES, _deviceOf(model), _patientsOf(loader)
     numPatients = 1 if patients is None else int(patients.max()) + 1
     # pixels of each (patient, true class, predicted class)
@@ -167,7 +404,7 @@ def validate(model, criterion, loader, dice=False):
 
 
 def _patientsOf(loader):
-    """Return the number of the patient of each sample of a loader, int64, in its order; None if that is not known."""
+    """Return the index of the patient of each sample, int64 (N,), in the order of the loader; None if not known."""
     dataset, batches = getattr(loader, 'dataset', None), getattr(loader, 'batch_sampler', None)
     isOrdered = isinstance(batches, list) or isinstance(getattr(batches, 'sampler', None), SequentialSampler)
     indices = [index for batch in batches for index in batch] if isOrdered else None
@@ -179,10 +416,9 @@ def _patientsOf(loader):
 
 
 def _diceOf(counts):
-    """Return the Dice of the main regions, a mean over patients, from the pixels (P, K, K) of the true and predicted
-    classes of each patient."""
+    """Return region -> Dice, the macro average over patients, from confusion matrices (P, K, K) of pixels."""
     counts, found = counts[counts.sum((1, 2)) > 0].double(), {}
-    for region in [name for name in ('WT', 'TC', 'ET') if name in config.REGIONS]:
+    for region in [name for name in config.MAIN_REGIONS if name in config.REGIONS]:
         numbers = list(config.REGIONS[region])
         total = counts[:, numbers].sum((1, 2)) + counts[:, :, numbers].sum((1, 2))
         both = counts[:, numbers][:, :, numbers].sum((1, 2))
@@ -196,11 +432,11 @@ def _logits(model, image):
 
 
 def _runEpoch(name, step, loader, device, transform=None, remark='', schedule=None):
-    """Return the sum over samples, those of all ranks, of the losses that `step` returns for each batch.
+    """Return the loss summed over the samples of all ranks; `step` returns the mean loss of a batch.
 
-    A schedule that has ended ends the epoch; the other batches then count as the mean of those before.
+    A schedule that has ended ends the epoch; the sum is then scaled up to all batches.
     """
-    gc.collect()  # an earlier epoch's workers: collected later in a forked worker, they print errors there
+    gc.collect()  # what is left of earlier workers would print errors if it were collected in a forked worker
     losses, sizes, total, number = [], [], 0.0, 0
     batches = iter(loader)
     try:
@@ -220,7 +456,7 @@ def _runEpoch(name, step, loader, device, transform=None, remark='', schedule=No
                     schedule.fit()
             if schedule is not None and schedule.hasEnded:
                 break
-        if losses:  # at the end, and not at batch len(loader): a loader may give fewer
+        if losses:  # of the last batches; len(loader) may be wrong
             total += _sumLosses(name, losses, sizes, number, len(loader), remark)
     finally:
         # after an interrupt the traceback keeps the iterator, and its workers, alive
@@ -234,7 +470,7 @@ def _runEpoch(name, step, loader, device, transform=None, remark='', schedule=No
 
 
 def _sumLosses(name, losses, sizes, number, numBatches, remark):
-    """Return the sum over samples of some batches' losses; the last one belongs to batch `number`."""
+    """Return the sum over samples of the mean losses of some batches, the last of which is batch `number`, from 1."""
     values = torch.stack(losses).cpu().double()  # copied first: mps has no float64
     if not values.isfinite().all():
         first = int((~values.isfinite()).nonzero()[0])
@@ -246,9 +482,12 @@ def _sumLosses(name, losses, sizes, number, numBatches, remark):
     return float(values @ torch.tensor(sizes, dtype=torch.float64))
 
 
+# Prediction
+
+
 @contextmanager
 def _evaluationMode(model, device):
-    """Move the model to a device and set evaluation mode; restore each layer's mode, not the device, at the end."""
+    """Move the model to a device and set evaluation mode; at the end, restore each layer's mode, not the device."""
     modes = [(layer, layer.training) for layer in model.modules()]
     model.to(device, memory_format=torch.channels_last).eval()
     try:
@@ -260,69 +499,57 @@ def _evaluationMode(model, device):
 
 
 def predict(
-    paths,
-    model,
-    transform=None,
-    patchStride=None,
-    device=None,
-    mirror=False,
-    probabilities=False,
-    planes=None,
-    measure=None,
+    paths, model, transform=None, patchStride=None, device=None, mirror=False, probabilities=False, planes=None
 ):
     """Segment one patient, slice by slice.
 
-    A model that `train` or a checkpoint gave an `identity` is shown what it was trained on: modalities, planes,
-    stretching and patch size are taken from there, and a warning says where `config` differs.
+    A trained model (one with a `provenance`) predicts with the modalities, planes, stretching and patch size of its
+    training. A warning says where `config` differs.
 
     Args:
         paths: one row of the file list (Series or dict); a segmentation is not needed.
         model: takes float (B, C, H, W), returns logits (B, NO_CLASSES, H, W). It is moved to the device. Or a list of
-            models, the members of an ensemble: their probabilities are averaged, each with its own planes.
-        transform: torchio transform of the whole volume that keeps its shape. None (default): the stretching that the
-            model was trained with, or `transforms.volumeTransform()`.
+            models, the members of an ensemble: each predicts its own planes, and their probabilities are averaged.
+        transform: torchio transform of the whole volume that keeps its shape. None (default): the stretching of the
+            training; without a provenance, `transforms.volumeTransform()`.
         patchStride: pixels between windows of the patch size. Where windows overlap, their probabilities are
             averaged with Gaussian weights; windows without brain are skipped. None (default): the brain's bounding box
             is predicted as a whole, which is faster.
         device: default `config.DEVICE`.
         mirror: average the probabilities of the four flips of each slice; takes four times as long.
-        probabilities: return them too: a softmax, or for a model trained with the focal loss, which treats each class
-            by itself, the sigmoids divided by their sum.
-        planes: the planes whose slices are predicted, some of `volumes.PLANES`; their probabilities are averaged.
-            Default: those of the training.
-        measure: function such as `quality.measureMember`, called for each member with the list of the probabilities
-            that its planes give, float (d, NO_CLASSES, w, h) each, on the device, in the brain's bounding box.
+        probabilities: return them too. They are a softmax; of a model trained with the focal loss, which is
+            one-vs-rest, the sigmoids divided by their sum.
+        planes: names of the planes whose slices are predicted, some of `patients.volumes.PLANES`; their probabilities
+            are averaged. None (default): those of the training.
 
     Returns:
         x: float32 (D, C, W, H), the model's input; on the CPU, as all that follows.
         y: int64 (D, W, H), the truth after the transform; None without a segmentation.
-        yhat: int64 (D, W, H), classes 0 to 3; voxels that no window covers are 0.
+        yhat: int64 (D, W, H), the predicted classes; 0 where no window covers a voxel.
         probability: float32 (D, NO_CLASSES, W, H), only with `probabilities = True`.
-        measured: only with `measure`: list of what it returned for each member; empty for a patient without brain.
 
     A warning names a patient whose voxels do not measure 1 mm, or whose skull was not stripped.
 
     Raises:
-        ValueError, FileNotFoundError: bad data, as in `patients.readCase`; the transform changes the shape, or is not
-            the one of the training; the stride leaves pixels out.
+        ValueError, FileNotFoundError: bad data, as in `patients.readCase`; the transform changes the shape, or
+            stretches in another way than the training; the stride leaves pixels out.
     """
-    options = {'patchStride': patchStride, 'device': device, 'mirror': mirror}
-    options |= {'probabilities': probabilities, 'measure': measure}
-    ways = followAll(model, transform, planes)
-    return _segment(*_prepare(paths, ways[0]), membersOf(model), ways, **options)
+    inputs, models = inputsOf(model, transform, planes), membersOf(model)
+    found = _segment(*_prepare(paths, inputs[0]), models, inputs, patchStride, device, mirror, probabilities)
+    return found.plain()
 
 
 def predictAll(df, model, transform=None, planes=None, **options):
     """Segment the patients of a file list one by one; the next is read while one is predicted.
 
-    A warning names the patients that the model was trained on. Of an ensemble, a patient is predicted by the members
-    that were not trained on it, as in a cross-validation, and by all if there is no such member. A patient whose files
-    cannot be used ends the prediction, or is left out and named, as `config.ON_BAD_PATIENT` says.
+    A warning names the patients that the model was trained on. In an ensemble, a patient is predicted by the members
+    that were not trained on it, as in a cross-validation; if there is none, by all. A patient whose files cannot be
+    used ends the prediction, or is left out and named, as `config.ON_BAD_PATIENT` says.
 
     Args:
         df: file list.
         model, transform, planes: as in `predict`.
-        **options: `patchStride`, `device`, `mirror`, `probabilities`, `measure` as in `predict`.
+        **options: `patchStride`, `device`, `mirror`, `probabilities` as in `predict`.
 
     Yields:
         (patient, what `predict` returns for it).
@@ -330,86 +557,205 @@ def predictAll(df, model, transform=None, planes=None, **options):
     Raises:
         ValueError, FileNotFoundError: as in `predict`, when the bad patient is reached.
     """
-    models, ways, rows = membersOf(model), followAll(model, transform, planes), [paths for _, paths in df.iterrows()]
+    for patient, found in segmentAll(df, model, transform, planes, **options):
+        yield patient, found.plain()
+
+
+class Segmentation(NamedTuple):
+    """The prediction of one patient: x, y, yhat and probability as `predict` returns them, and measurements."""
+
+    x: torch.Tensor
+    y: torch.Tensor | None
+    yhat: torch.Tensor
+    probability: torch.Tensor | None
+    measured: list  # what `measure` returned for each member; empty without `measure`, or without brain
+
+    def plain(self):
+        """Return what `predict` returns."""
+        return self[:3] if self.probability is None else self[:4]
+
+
+def segment(paths, members, transform=None, planes=None, measure=None, **options):
+    """Return the `Segmentation` of one patient; see `segmentAll`."""
+    inputs = inputsOf(members, transform, planes)
+    return _segment(*_prepare(paths, inputs[0]), members, inputs, measure=measure, **options)
+
+
+def segmentAll(df, model, transform=None, planes=None, measure=None, **options):
+    """Yield the `Segmentation` of each patient, as `predictAll` does, with a measurement of each member.
+
+    Args:
+        df, model, transform, planes, **options: as in `predictAll`.
+        measure: function such as `postprocess.quality.measureMember`. It is called for each member with a list of the
+            probabilities of its planes, float (D', NO_CLASSES, W', H') each, in the brain's bounding box, on the
+            device. None: nothing is measured.
+
+    Yields:
+        (patient, Segmentation).
+    """
+    models, inputs, rows = membersOf(model), inputsOf(model, transform, planes), [paths for _, paths in df.iterrows()]
     members, trained = membersFor(models, df)
     warnOfTrained(trained, len(df))
     if numFew := sum(len(some) < len(models) for some in members.values()):
         print(f'{numFew} of {len(df)} patients are predicted only by the models that were not trained on them.')
-    with ThreadPoolExecutor(1) as reader:  # decompression releases the interpreter's lock
-        following = reader.submit(_prepare, rows[0], ways[0]) if rows else None
+    with ThreadPoolExecutor(1) as reader:  # decompression releases Python's global lock
+        following = reader.submit(_prepare, rows[0], inputs[0]) if rows else None
         for number, patient in enumerate(tqdm(df.index, 'predict', leave=False)):
             prepared, following = following, None
             if number + 1 < len(rows):
-                following = reader.submit(_prepare, rows[number + 1], ways[0])
+                following = reader.submit(_prepare, rows[number + 1], inputs[0])
             try:
                 case = prepared.result()
             except (ValueError, OSError) as error:
                 leaveOut(error, f'{number} of {len(rows)} patients were segmented before.')
                 continue
-            chosen = [way for member, way in zip(models, ways, strict=True) if member in members[patient]]
-            yield patient, _segment(*case, members[patient], chosen, **options)
+            chosen = [each for member, each in zip(models, inputs, strict=True) if member in members[patient]]
+            yield patient, _segment(*case, members[patient], chosen, measure=measure, **options)
 
 
-def _prepare(paths, way):
-    """Return x (D, C, W, H), y (D, W, H) or None, and the brain mask, bool (D, W, H), of one patient."""
-    image, label = readCase(paths, way.modalities)
+def _prepare(paths, settings):
+    """Return x float32 (D, C, W, H), y int64 (D, W, H) or None, and the brain mask bool (D, W, H) of one patient."""
+    image, label = readCase(paths, settings.modalities)
     isBrain = torch.from_numpy(maskFunction(image).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
     warnOfUnfit(patientOf(paths), isBrain.numpy(), spacingOf(paths))
-    x, y = transformVolume(image, label, way.transform, patientOf(paths))
+    x, y = transformVolume(image, label, settings.transform, patientOf(paths))
     return x, None if y is None else y.long(), isBrain
 
 
 def _segment(
-    x, y, isBrain, models, ways, patchStride=None, device=None, mirror=False, probabilities=False, measure=None
+    x, y, isBrain, models, inputs, patchStride=None, device=None, mirror=False, probabilities=False, measure=None
 ):
-    """Return what `predict` returns, from what `_prepare` returns; a way for each model."""
-    device = torch.device(device or config.DEVICE)
-    yhat = torch.zeros(isBrain.shape, dtype=torch.int64)
-    probability = torch.zeros(len(x), config.NO_CLASSES, *x.shape[2:]) if probabilities else None
-    measured = []
+    """Return the `Segmentation` of a patient from what `_prepare` returns; `inputs` has an `Input` for each model."""
+    device, measured = torch.device(device or config.DEVICE), []
+    yhat, probability = torch.zeros(isBrain.shape, dtype=torch.int64), None
     if probabilities:
+        probability = torch.zeros(len(x), config.NO_CLASSES, *x.shape[2:])
         probability[:, 0] = 1
     if isBrain.any():
         box = boundingBox(isBrain.numpy())
         image, total = x.to(device), 0
-        for model, way in zip(models, ways, strict=True):
-            parts = None if measure is None else []
-            total += _predictPlanes(image, isBrain, box, model, way, patchStride, mirror, parts) / len(way.planes)
-            measured += [] if measure is None else [measure(parts)]
+        for model, settings in zip(models, inputs, strict=True):
+            byPlane = None if measure is None else []
+            sums = _predictPlanes(image, isBrain, box, model, settings, patchStride, mirror, byPlane)
+            total += sums / len(settings.planes)
+            if measure is not None:
+                measured.append(measure(byPlane))
         slices, *inSlice = box
-        yhat[box] = total.max(1).indices.cpu()  # on the device: less is copied; argmax takes ten times as long as max
+        yhat[box] = total.max(1).indices.cpu()  # argmax takes ten times as long as max
         if probabilities:
             probability[slices, :, *inSlice] = total.cpu() / len(models)
-    return (x, y, yhat, *[probability] * probabilities, *[measured] * (measure is not None))
+    return Segmentation(x, y, yhat, probability, measured)
 
 
 def _multipleOf(model):
-    """Return what the sides of a model's input have to be a multiple of: its encoder halves them several times."""
-    encoder = getattr(bare(model), 'encoder', None)
+    """Return the number that the sides of a model's input have to be a multiple of, in pixels."""
+    encoder = getattr(unwrap(model), 'encoder', None)
     return getattr(encoder, 'output_stride', 2**config.ENCODER_DEPTH)
 
 
-def _predictPlanes(x, isBrain, box, model, way, patchStride, mirror, parts=None):
-    """Return the sum over the planes of the probabilities (D', K, W', H') in the brain's bounding box.
+def _predictPlanes(x, isBrain, box, model, settings, patchStride, mirror, byPlane=None):
+    """Return the probabilities (D', K, W', H') in the brain's bounding box, summed over the planes.
 
-    If `parts` is a list, the probabilities of each plane are appended to it.
+    If `byPlane` is a list, the probabilities of each plane, of the same shape, are appended to it.
     """
     multiple, sides = _multipleOf(model), [part.stop - part.start for part in box]
     total = torch.zeros(sides[0], config.NO_CLASSES, *sides[1:], device=x.device)
-    predictBatch = partial(predictPatches, model, mirror=mirror, activation=way.activation)
+    predictBatch = partial(predictPatches, model, mirror=mirror, activation=settings.activation)
     with _evaluationMode(model, x.device):
-        for plane in way.planes:
+        for plane in settings.planes:
             order = PLANES[plane]
-            own = total if parts is None else torch.zeros_like(total)
+            own = total if byPlane is None else torch.zeros_like(total)
             (first, *inPlane), view = [box[axis] for axis in order], own.permute(withChannels(order))
             image, mask = x.permute(withChannels(order)), isBrain.permute(order)
-            area, starts, size = planWindows(mask.numpy(), patchStride, way.patchSize, multiple)
+            area, starts, size = planWindows(mask.numpy(), patchStride, settings.patchSize, multiple)
             for slices, values in predictSlices(image[:, :, *area], mask[:, *area], starts, size, predictBatch):
                 values = values if patchStride is None else values[:, :, *inPlane]
                 view[[number - first.start for number in slices]] += values
-            if parts is not None:
+            if byPlane is not None:
                 total += own
                 own[:, :1] += 1 - own.sum(1, keepdim=True)
-                parts.append(own)
-    total[:, :1] += len(way.planes) - total.sum(1, keepdim=True)  # what no window covers is background
+                byPlane.append(own)
+    total[:, :1] += len(settings.planes) - total.sum(1, keepdim=True)  # what no window covers is background
     return total
+
+
+def predictSlices(x, isBrain, starts, size, predictBatch):
+    """Yield the indices (S,) and probabilities (S, K, H, W) of a few slices at a time, for all slices with brain.
+
+    A group has as many slices as have a batch of windows with brain, so memory does not grow with the patient.
+
+    Args:
+        x: (D, C, H, W), on the device of the model.
+        isBrain: bool (D, H, W), on the CPU.
+        starts: (row, column) of each window.
+        size: height and width of a window.
+        predictBatch: takes patches (B, C, height, width) and returns their probabilities (B, K, height, width).
+    """
+    (height, width), lowest = size, x.amin((0, 2, 3))
+    batchSize = max(1, config.PREDICT_BATCH * config.PATCH_SIZE**2 // (height * width))
+    for group in groupWindows(isBrain.numpy(), starts, size, batchSize):
+        yield _averageWindows(x, group, lowest, size, batchSize, predictBatch)
+
+
+def _averageWindows(x, windows, lowest, size, batchSize, predictBatch):
+    """Return the indices of the slices of some windows, and their probabilities: a weighted mean where windows overlap.
+
+    Args:
+        x: (D, C, H, W).
+        windows: (slice, row, column) of each window.
+        lowest: (C,), the background of each channel.
+        size, batchSize, predictBatch: as in `predictSlices`.
+    """
+    (height, width), shape, device = size, x.shape[2:], x.device
+    slices = sorted({number for number, _, _ in windows})
+    padded = [max(max(window[axis] + size[axis - 1] for window in windows), shape[axis - 1]) for axis in (1, 2)]
+    # where windows reach beyond the image, it is padded with background, the lowest value
+    image = lowest[None, :, None, None].repeat(len(slices), 1, *padded)
+    image[:, :, : shape[0], : shape[1]] = x[slices]
+    weight = _gaussian(height, width).to(device)
+    total = torch.zeros(len(slices), config.NO_CLASSES, *padded, device=device)
+    weights = torch.zeros(len(slices), 1, *padded, device=device)
+    for first in range(0, len(windows), batchSize):
+        places = [
+            (slices.index(number), slice(row, row + height), slice(column, column + width))
+            for number, row, column in windows[first : first + batchSize]
+        ]
+        patches = torch.stack([image[number, :, rows, columns] for number, rows, columns in places])
+        for (number, rows, columns), values in zip(places, predictBatch(patches), strict=True):
+            total[number, :, rows, columns] += weight * values
+            weights[number, :, rows, columns] += weight
+    total /= weights.clamp_min(torch.finfo(torch.float32).tiny)
+    total[:, :1] += weights == 0  # what no window covers is background
+    return slices, total[:, :, : shape[0], : shape[1]]
+
+
+def _gaussian(height, width):
+    """Return the weights (height, width) of a window's pixels: a Gaussian, 1 in the middle, sigma 1/8 of the side.
+
+    Reference:
+        nnU-Net and MONAI's `SlidingWindowInferer`, which have the minimum of 1e-3 too.
+    """
+    sides = []
+    for length in (height, width):
+        offset = torch.arange(length) - (length - 1) / 2
+        sides.append(torch.exp(-(offset**2) / (2 * (length / 8) ** 2)))
+    return torch.outer(*sides).clamp_min(1e-3)
+
+
+def predictPatches(model, patches, mirror, activation):
+    """Return probabilities float32 (B, K, H, W) of patches (B, C, H, W).
+
+    Args:
+        mirror: average over the four flips.
+        activation: 'softmax', or 'sigmoid' for a model of a one-vs-rest loss.
+    """
+    patches = patches.contiguous(memory_format=torch.channels_last)
+    flips = [(), (2,), (3,), (2, 3)] if mirror else [()]
+    total = 0
+    for axes in flips:
+        with autocast(patches.device):
+            logits = model(patches.flip(axes) if axes else patches)
+        logits = (logits.flip(axes) if axes else logits).float()
+        # the sigmoids of a one-vs-rest loss need not sum to 1
+        total = total + (normalize(logits.sigmoid(), 1, 1) if activation == 'sigmoid' else logits.softmax(1))
+    return total / len(flips)

@@ -1,4 +1,4 @@
-"""Make synthetic glioma patients in the layout of BraTS 2020, for running the program without BraTS."""
+"""Make synthetic glioma patients in the layout of BraTS 2020, for running the package without BraTS."""
 
 import gzip
 from itertools import pairwise
@@ -67,7 +67,8 @@ def makeCases(folder, n, seed=0, shape=BOX):
         folder: folder to write to, made if missing. Phantoms of the same ids are replaced.
         n: number of patients, at least 1. A patient of full size takes some seconds and 10 MB.
         seed: whole number, at least 0. Patient i of a seed does not depend on n.
-        shape: voxels to the left, back and top, at least 16 each; fewer show the same head in less detail, all as 1 mm.
+        shape: voxels to the left, back and top, at least 16 each. Fewer show the same head in less detail; the header
+            says 1 mm at every shape.
 
     Returns:
         list of the n patient ids, `BraTS20_Training_001` and following.
@@ -85,11 +86,14 @@ def makeCases(folder, n, seed=0, shape=BOX):
     others = [file for file in files if file.parent.name not in ids or nib.load(file).header['descrip'] != MARK]
     if others:
         raise ValueError(f'{folder} has files of other patients, such as {others[0].name}: choose another folder.')
-    isLowGrade = [i % 5 == 4 for i in range(1, n + 1)]
+    grades = ['LGG' if i % 5 == 4 else 'HGG' for i in range(1, n + 1)]
     for i, patient in enumerate(tqdm(ids, desc='phantoms', leave=False, disable=n == 1)):
-        for suffix, volume in _makePatient(np.random.default_rng([seed, i + 1]), shape, not isLowGrade[i]).items():
+        for suffix, volume in _makePatient(np.random.default_rng([seed, i + 1]), shape, grades[i] == 'HGG').items():
             _writeVolume(volume, folder / patient / f'{patient}_{suffix}.nii.gz')
-    _writeMapping(ids, isLowGrade, folder / 'name_mapping.csv')
+    earlier = ('BraTS_2017', 'BraTS_2018', 'TCGA_TCIA', 'BraTS_2019')  # the names in these editions are missing
+    table = {'Grade': grades, **{f'{edition}_subject_ID': 'NA' for edition in earlier}, 'BraTS_2020_subject_ID': ids}
+    with writeAtomically(folder / 'name_mapping.csv') as temporary:
+        pd.DataFrame(table).to_csv(temporary, index=False)
     return ids
 
 
@@ -408,13 +412,5 @@ def _writeVolume(volume, file):
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     image.header['descrip'] = MARK
-    with writeAtomically(file) as part:
-        part.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
-
-
-def _writeMapping(ids, isLowGrade, file):
-    """Write the table of grades and names; the names in earlier editions are missing."""
-    table = {'Grade': ['LGG' if low else 'HGG' for low in isLowGrade]}
-    table |= {f'{earlier}_subject_ID': 'NA' for earlier in ('BraTS_2017', 'BraTS_2018', 'TCGA_TCIA', 'BraTS_2019')}
-    with writeAtomically(file) as part:
-        pd.DataFrame(table | {'BraTS_2020_subject_ID': ids}).to_csv(part, index=False)
+    with writeAtomically(file) as temporary:
+        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))

@@ -1,13 +1,15 @@
-"""Predict a patient from a model folder by onnxruntime, where torch, torchio and smp are not installed.
+"""Segment a patient with a model folder and onnxruntime, without torch, torchio and smp.
 
     python predictor.py FOLDER PATIENT OUT.nii.gz
     python predictor.py FOLDER t1ce=a.nii.gz t2=b.nii.gz flair=c.nii.gz OUT.nii.gz
 
-PATIENT is a folder with the files of one patient. Needs numpy, nibabel and onnxruntime; scipy too if the folder has
-rules against small components.
+PATIENT is a folder with the files of one patient. numpy, nibabel and onnxruntime are needed; scipy too if the model
+folder has rules for small components.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import warnings
@@ -17,11 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from editions import COLUMNS, labelsOf
-from folders import readAbout
-from patients import detectEdition, findFiles, hasFile, maskFunction, patientOf, readCase, spacingOf
-from saving import saveLabelNames, saveSegmentation
-from volumes import (
+from atomic import writeAtomically
+from patients.editions import COLUMNS, labelsOf
+from patients.reading import detectEdition, findFiles, hasFile, maskFunction, patientOf, readCase, spacingOf
+from patients.volumes import (
     PLANES,
     alongMemory,
     boundingBox,
@@ -32,28 +33,81 @@ from volumes import (
     warnOfUnfit,
     withChannels,
 )
+from patients.writing import saveLabelNames, saveSegmentation
 
-INT8 = 'model.int8.onnx'  # of `deploy.quantizeOnnx`: used where it is
-_BATCH = 8  # slices or windows per run: more is slower on a CPU
+FORMAT = 2  # of the model folder; raised when its layout changes
+
+
+def writeAbout(folder, about):
+    """Write `config.json` of a model folder: the dict `about` of plain values, and its checksum."""
+    with writeAtomically(Path(folder, 'config.json')) as temporary:
+        temporary.write_text(json.dumps({**about, 'checksum': _checksumOf(about)}, indent=1))
+
+
+def readAbout(folder, endings):
+    """Return the content of `config.json` of a model folder, and verify the checksums of its files.
+
+    Args:
+        folder: that `deploy.packModel` wrote.
+        endings: tuple of file name endings such as '.onnx'; only such files are verified.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file of it is missing.
+        ValueError: a file was changed or copied in part, or the folder is of another version.
+    """
+    file = Path(folder, 'config.json')
+    if not file.is_file():
+        raise FileNotFoundError(f'{folder} is no model folder, or only half copied: config.json is missing.')
+    try:
+        about = json.loads(file.read_text())
+        found = about.pop('checksum')
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f'{file} is damaged, or not of a folder that deploy.packModel wrote: {error!r}.') from error
+    if found != _checksumOf(about):
+        raise ValueError(f'{file} was changed since it was packed. Pack the checkpoints again, with other settings.')
+    if about['format'] != FORMAT:
+        raise ValueError(f'{folder} has the format {about["format"]}, {FORMAT} was expected: pack it again.')
+    for file, expected in ((Path(folder, name), expected) for name, expected in about['files'].items()):
+        if file.name.endswith(endings):
+            if not file.is_file():
+                raise FileNotFoundError(f'{file} is missing: copy the whole folder again.')
+            if hashFile(file) != expected:
+                raise ValueError(f'{file} was changed or copied in part: copy the whole folder again.')
+    return about
+
+
+def _checksumOf(about):
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def hashFile(file):
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with open(file, 'rb') as stream:
+        return hashlib.file_digest(stream, 'sha256').hexdigest()
+
+
+INT8 = 'model.int8.onnx'  # written by `deploy.quantizeOnnx`
+_BATCH = 8  # windows per run of a network; more are slower on a CPU
 
 
 class Network(NamedTuple):
-    """A model folder whose networks are loaded."""
+    """A model folder, its networks loaded."""
 
     about: dict  # content of `config.json`
-    members: list  # a callable for each: patches float32 (B, C, H, W) -> logits (B, K, H, W)
+    members: list  # functions: patches float32 (B, C, H, W) -> logits (B, K, H, W)
 
 
 def loadFolder(folder, threads=None, name=None):
-    """Return the networks of a model folder, so that many patients can be predicted without loading it each time.
+    """Return the `Network` of a model folder, to predict many patients.
 
     Args:
-        folder: of `deploy.packModel`, after `deploy.exportOnnx`; after `deploy.quantizeOnnx` with 8-bit integers.
-        threads: of onnxruntime; None: all cores.
-        name: of the members' ONNX files; None: `INT8` where it is, else 'model.onnx'.
+        folder: model folder, after `deploy.exportOnnx`.
+        threads: number of threads of onnxruntime; None: all cores.
+        name: file name of the members' ONNX files. None: those with 8-bit integers if `deploy.quantizeOnnx` wrote them,
+            else those in float32.
 
     Raises:
-        FileNotFoundError, ValueError: as in `folders.readAbout`; or there is no ONNX file.
+        FileNotFoundError, ValueError: as in `readAbout`; or there is no ONNX file.
     """
     about = readAbout(folder, ('.onnx',))
     if not about['onnx']:
@@ -69,29 +123,26 @@ def startSession(file, threads=None):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
-    return partial(runSession, onnxruntime.InferenceSession(file, options, ['CPUExecutionProvider']))
-
-
-def runSession(session, patches):
-    """Return the logits (B, K, H, W) of patches float32 (B, C, H, W) by an onnxruntime.InferenceSession."""
-    return session.run(None, {'image': patches})[0]
+    session = onnxruntime.InferenceSession(file, options, ['CPUExecutionProvider'])
+    return lambda patches: session.run(None, {'image': patches})[0]
 
 
 def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
-    """Segment one patient, as `engine.predict` does with the model of the folder in float32; or with 8-bit integers.
+    """Return the segmentation of one patient, as `engine.predict` does.
+
+    It is computed in float32, or with 8-bit integers if `deploy.quantizeOnnx` wrote such networks.
 
     Args:
         paths: a row of the file list, or a dict such as `{'t1ce': path, 't2': path, 'flair': path}`.
         folder: model folder, or what `loadFolder` returned.
-        patchStride, mirror: as in `engine.predict`.
-        probabilities: return them too.
+        patchStride, mirror, probabilities: as in `engine.predict`.
 
     Returns:
         yhat: int64 array (D, W, H), classes.
         probability: float32 (D, K, W, H), only with `probabilities = True`.
 
     Raises:
-        ValueError, FileNotFoundError: bad data, as in `patients.readCase`, such as a missing modality; or a bad folder.
+        ValueError, FileNotFoundError: bad data, as in `patients.readCase`; or a bad folder, as in `loadFolder`.
     """
     network = folder if isinstance(folder, Network) else loadFolder(folder)
     yhat, probability = segment(*prepare(paths, network.about), network, patchStride, mirror, probabilities)
@@ -99,7 +150,7 @@ def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
 
 
 def prepare(paths, about):
-    """Return the stretched image float32 (D, C, W, H) of a patient and its brain mask, bool (D, W, H)."""
+    """Return the stretched image of a patient, float32 (D, C, W, H), and its brain mask, bool (D, W, H)."""
     images = _imagesOf(paths, about)
     image, _ = readCase(images, about['modalities'])
     isBrain = maskFunction(image).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
@@ -115,12 +166,12 @@ def prepare(paths, about):
 
 
 def _imagesOf(paths, about):
-    """Return the images that the networks need, without others, which may lie on another grid, and without the seg."""
+    """Return a patient's row with only the modalities of the networks, as other images may have another grid."""
     return {name: paths[name] for name in about['modalities'] if hasFile(paths, name)}
 
 
 def segment(x, isBrain, network, patchStride=None, mirror=False, probabilities=False):
-    """Return the classes int64 (D, W, H) of what `prepare` returned; and probabilities float32 (D, K, W, H) or None."""
+    """Return classes int64 (D, W, H) from what `prepare` returned, and probabilities float32 (D, K, W, H) or None."""
     numClasses = len(network.about['classes'])
     yhat, probability = np.zeros(isBrain.shape, np.int64), None
     if probabilities:
@@ -140,7 +191,7 @@ def segment(x, isBrain, network, patchStride=None, mirror=False, probabilities=F
 
 
 def _predictPlanes(x, isBrain, box, numClasses, member, predictBatch, patchStride):
-    """Return the sum over the planes of the probabilities (D', K, W', H') in the brain's bounding box."""
+    """Return the probabilities (D', K, W', H') in the brain's bounding box, summed over the planes."""
     sides = [part.stop - part.start for part in box]
     total = np.zeros((sides[0], numClasses, *sides[1:]), np.float32)
     for plane in member['planes']:
@@ -159,20 +210,19 @@ def _predictPlanes(x, isBrain, box, numClasses, member, predictBatch, patchStrid
 
 
 def _averageWindows(x, windows, lowest, size, numClasses, predictBatch):
-    """Return the slices of some windows and their probabilities, a weighted mean where windows overlap."""
+    """Return the indices of the slices of some windows, and their probabilities, as `engine.predict` averages them."""
     (height, width), shape = size, x.shape[2:]
     slices = sorted({number for number, _, _ in windows})
     padded = [max(max(window[axis] + size[axis - 1] for window in windows), shape[axis - 1]) for axis in (1, 2)]
     image = np.empty((len(slices), x.shape[1], *padded), np.float32)
-    image[:] = lowest[:, None, None]  # windows may reach beyond the image: there is background
+    image[:] = lowest[:, None, None]  # background, where windows reach beyond the image
     image[:, :, : shape[0], : shape[1]] = x[slices]
     places = [
         (slices.index(number), slice(row, row + height), slice(column, column + width))
         for number, row, column in windows
     ]
-    if len(windows) == len(slices):  # nothing overlaps; the patches are the slices if these are as large
-        weight = np.ones(size, np.float32)
-    else:
+    weight = np.ones(size, np.float32)
+    if len(windows) > len(slices):  # windows may overlap
         weight = np.maximum(np.outer(_gaussian(height), _gaussian(width)), 1e-3).astype(np.float32)
     total = np.zeros((len(slices), numClasses, *padded), np.float32)
     weights = np.zeros((len(slices), 1, *padded), np.float32)
@@ -188,7 +238,7 @@ def _averageWindows(x, windows, lowest, size, numClasses, predictBatch):
 
 
 def _gaussian(length):
-    """Return the weights of a window's pixels along a side, as `windows._gaussian` has them."""
+    """Return the weights (length,) of a window's pixels along a side, as `engine.predict` has them."""
     return np.exp(-((np.arange(length) - (length - 1) / 2) ** 2) / (2 * (length / 8) ** 2))
 
 
@@ -198,29 +248,29 @@ def _predictPatches(run, mirror, activation, patches):
     total = 0
     for axes in flips:
         logits = np.flip(run(np.ascontiguousarray(np.flip(patches, axes))), axes)
-        isSigmoid = activation == 'sigmoid'  # of a one-vs-rest loss: they need not sum to 1
+        isSigmoid = activation == 'sigmoid'  # of the one-vs-rest focal loss; they need not sum to 1
         values = 1 / (1 + np.exp(-logits)) if isSigmoid else np.exp(logits - logits.max(1, keepdims=True))
         total = total + values / np.maximum(values.sum(1, keepdims=True), 1e-12)
     return total / len(flips)
 
 
 def applyRules(yhat, rules, spacing):
-    """Return a prediction after the rules of a model folder, as `components.applyRules` does.
+    """Return a prediction after the post-processing of a model folder, as `postprocess.applyRules` does with torch.
 
     Args:
-        yhat: classes (D, W, H).
-        rules: `rules` of `config.json`, or None.
+        yhat: int64 (D, W, H), classes.
+        rules: `rules` of `config.json`; None: no post-processing.
         spacing: mm along each axis.
     """
     if not rules:
         return yhat
     yhat = yhat.copy()
     if rules['ml'] > 0:
-        from scipy import ndimage  # only for such folders
+        from scipy import ndimage  # only such folders need scipy
 
         components, _ = ndimage.label(np.isin(yhat, rules['WT']), np.ones((3, 3, 3)))
         sizes = np.bincount(components.ravel())[1:] * (np.prod(spacing) / 1000)
-        isSmall = sizes < min(rules['ml'], sizes.max(initial=0))  # the largest stays
+        isSmall = sizes < min(rules['ml'], sizes.max(initial=0))  # ml; the largest component stays
         yhat[np.append(False, isSmall)[components]] = 0
     if np.isin(yhat, rules['ET']).sum() < rules['N']:
         yhat[np.isin(yhat, rules['ET'])] = rules['NCR']
@@ -228,11 +278,10 @@ def applyRules(yhat, rules, spacing):
 
 
 def labelsFor(paths, about):
-    """Return the label that each class of a patient is written as, class -> label.
+    """Return class -> label, for the segmentation file of a patient.
 
-    They are those of its edition, else those of the training.
-
-    If neither its names nor the editions of the training decide, the labels are the numbers of the classes.
+    The labels are those of the patient's edition. If its file names are of no edition, they are those of the training,
+    or the classes themselves if the training had editions with different labels.
     """
     try:
         return labelsOf(detectEdition(paths), len(about['classes']))
@@ -242,9 +291,9 @@ def labelsFor(paths, about):
 
 
 def main(arguments=None):
-    """Predict one patient and write the segmentation, with its labels' names and colors beside it.
+    """Write the segmentation of one patient, and a file with the names and colors of its labels.
 
-    A patient whose images are not like those of BraTS is refused here; `predict` only warns.
+    Images that are not like those of BraTS (spacing, skull) are an error here; `predict` only warns of them.
     """
     parser = argparse.ArgumentParser(description='Segment one patient by the networks of a model folder.')
     parser.add_argument('folder', help='model folder with ONNX files')
@@ -272,7 +321,7 @@ def main(arguments=None):
 
 
 def _optionsOf(rules):
-    """Return the options of `predict` with which the rules of a folder were tuned: otherwise components differ."""
+    """Return the options of `predict` for which the rules of a folder were tuned."""
     kind = (rules or {}).get('kind') or {}
     if kind.get('planes'):
         raise ValueError(f'The rules of the folder were tuned on the planes {kind["planes"]} alone: pack other rules.')

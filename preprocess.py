@@ -13,81 +13,72 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 import config
 from atomic import writeAtomically
-from identity import CUT, SEEN, checksums, differences, identify, patientDifferences, readIdentity
-from parallel import attempt, forEachPatient, reportBad, withSegmentation
-from patients import maskFunction, patientOf, readCase, readVolumes
-from transforms import RandomContrast, makeTransforms, transformCase, transformVolume, volumeTransform
-from volumes import PLANES, alongMemory, windowStarts
+from patients.parallel import attempt, forEachPatient, reportBad, withSegmentation
+from patients.reading import maskFunction, patientOf, readCase, readVolumes
+from patients.volumes import PLANES, alongMemory, windowStarts
+from provenance import FORMAT, checksums, describe, differences, readProvenance
+from transforms import makeTransforms, transformVolume, volumeTransform
 
-__all__ = [
-    'RandomContrast',
-    'makeDataset',
-    'makeTransforms',
-    'partFile',
-    'transformCase',
-    'volumeTransform',
-    'windowStarts',
-]
-
-UNKNOWN = 'unknown'  # fingerprint of a transform that has none
-FORMAT = 5  # of the patch file; raised when its layout changes, so that older files are replaced
+__all__ = ['makeDataset', 'makeTransforms', 'partFile']
 
 
 def makeDataset(dataframe, filename, transform=None, part=None):
     """Write the patches of the patients of a file list to an `.h5` file and return how many there are.
 
-    Every `config.SLICE_STEP`-th slice of each of `config.PLANES` is cut into as many overlapping windows of
-    `config.PATCH_SIZE` as cover it at `config.PATCH_STRIDE`. With `config.RANDOM_STARTS` they start anywhere. A patch
-    with tumor, or with resection cavity if that is a class, is kept. Of the other patches with brain, a fraction
+    In each of `config.PLANES`, every `config.SLICE_STEP`-th slice is covered by windows of `config.PATCH_SIZE` at
+    `config.PATCH_STRIDE`. With `config.RANDOM_STARTS` there are as many windows, at random starts. Windows with tumor,
+    or with resection cavity if that is a class, are kept as patches. Of the other windows with brain, the fraction
     `config.BACKGROUND_SHARE` is kept. First slices, starts and background patches are drawn from `config.SEED` and the
     patient's id.
 
-    The file is renamed to its final name when it is complete. If it exists and was cut from the same files with the
-    same settings, its checksums are verified and nothing is cut. Memory does not grow with the number of patients. A
-    message names the classes that no patch has. The datasets of the file, with one patch per chunk:
-    - `image` (N, C, 128, 128), float16 if all values lie in [-1, 1], else float32;
-    - `label` (N, 128, 128), uint8 classes;
-    - `patient`, `plane`, `slice`, `row`, `column` (N,), int32: where each patch comes from (`patient` and `plane` count
-      those of the identity).
-    And, as JSON: `identity`, see `identity.identify`; `leftOut`, the patients that could not be used: id -> [reason,
-    checksums of the files].
+    The file appears under its name when it is complete. If it exists and was cut from the same files with the same
+    settings, its checksums are verified and nothing is cut. Memory does not grow with the number of patients. A message
+    names the classes that no patch has.
+
+    The file has these datasets (128 stands for `config.PATCH_SIZE`):
+    - `image` (N, C, 128, 128), float16 if all values lie in [-1, 1], else float32; one patch per chunk;
+    - `label` (N, 128, 128), uint8 classes; one patch per chunk;
+    - `patient`, `plane`, `slice`, `row`, `column` (N,), int32: where each patch comes from. `patient` and `plane` are
+      indices into the provenance's lists;
+    - `provenance`, JSON, see `provenance.py`;
+    - `leftOut`, JSON, the patients that could not be used: id -> [reason, checksums of the files, or null if another
+      attempt may succeed].
 
     Args:
-        dataframe: file list; patients without a segmentation are left out and counted.
+        dataframe: file list; a message counts the patients without a segmentation, which are left out.
         filename: path of the file.
-        transform: torchio transform of the whole volume, in place of `volumeTransform()`. It must not be random:
-            patients are cut in parallel. A lambda, a function of a notebook, or one that reads a global variable
-            cannot be compared with an earlier one, so the file is then always replaced.
-        part: (i, n): cut part i of n (from 0), every n-th patient, into the file `partFile(filename, part)`. The parts
-            may be cut by n processes or machines; `utils.BRATSDataset` reads a list of their files as one.
+        transform: torchio transform of the whole volume, in place of `volumeTransform()`. It must not be random, as
+            patients are cut in parallel. It cannot be compared with an earlier one, so patches are cut anew each time.
+        part: (i, n) cuts shard i of n (from 0), every n-th patient, into the file `partFile(filename, part)`. The
+            shards may be cut by n processes or machines; `utils.BRATSDataset` reads a list of their files as one.
 
     Returns:
         int, number of patches.
 
     Raises:
-        ValueError, FileNotFoundError: bad data, as in `patients.readCase`. All bad patients are named at once; with
-            `config.ON_BAD_PATIENT = 'leaveOut'` they are left out instead, unless no other is left. Or no patch with
-            tumor was found.
+        ValueError, FileNotFoundError: bad data, as in `patients.readCase`; all bad patients are named at once. With
+            `config.ON_BAD_PATIENT = 'leaveOut'` they are left out instead, unless all are bad.
+        ValueError: there is no patch to keep, or a patient is in the file list twice.
     """
-    reportBad({}, 0)  # an unknown rule is refused before anything is read
+    reportBad({}, 0)  # raises a ValueError for an unknown ON_BAD_PATIENT
     dataframe = withSegmentation(dataframe, str(filename))
     if dataframe.index.has_duplicates:
         twice = dataframe.index[dataframe.index.duplicated()][0]
         raise ValueError(f'{filename}: patient {twice} is in the file list more than once.')
-    identity, known = _identify(dataframe, transform), {}
+    provenance, known = {'format': FORMAT, 'settings': describe(dataframe, transform)}, {}
     if part is not None:
-        dataframe, own = _takePart(dataframe, part)
-        filename, identity = partFile(filename, part), identity | own
-    numPatches = _countIfCurrent(filename, identity, dataframe, known)
+        dataframe, own = _takeShard(dataframe, part)
+        filename, provenance = partFile(filename, part), provenance | own
+    numPatches = _countIfCurrent(filename, provenance, dataframe, known)
     if numPatches is not None:
         print(f'{filename} exists, with {numPatches} patches of the same patients and settings.')
         return numPatches
-    # torchio draws a number even for a deterministic transform: a run that finds the file must continue like this one
-    with writeAtomically(filename) as part, torch.random.fork_rng(devices=[]):
-        # values outside [-1, 1] usually show in the first patient; then all are written again as float32
-        numPatches = _writePatches(part, dataframe, transform, np.float16, identity, known)
+    # torchio draws a number even for a deterministic transform; with or without a cut, the run must go on equally
+    with writeAtomically(filename) as temporary, torch.random.fork_rng(devices=[]):
+        # if a value lies outside [-1, 1], usually in the first patient already, all are written again as float32
+        numPatches = _writePatches(temporary, dataframe, transform, np.float16, provenance, known)
         if numPatches is None:
-            numPatches = _writePatches(part, dataframe, transform, np.float32, identity, known)
+            numPatches = _writePatches(temporary, dataframe, transform, np.float32, provenance, known)
         if numPatches == 0:
             raise ValueError(f'{filename}: no patch with tumor in {len(dataframe)} patients.')
     megabytes = Path(filename).stat().st_size / 1e6
@@ -95,71 +86,63 @@ def makeDataset(dataframe, filename, transform=None, part=None):
     return numPatches
 
 
-def _takePart(dataframe, part):
-    """Return the patients of part (i, n) of a file list, and what its identity says of it."""
-    number, numParts = part
-    if not 0 <= number < numParts <= len(dataframe):
+def _takeShard(dataframe, part):
+    """Return the rows of shard (i, n) of a file list, and a dict of what they add to the provenance."""
+    number, numShards = part
+    if not 0 <= number < numShards <= len(dataframe):
         raise ValueError(f'part is {part}; (i, n) with 0 <= i < n <= {len(dataframe)} patients was expected.')
-    rows = {str(patient): row for row, patient in enumerate(dataframe.index) if row % numParts == number}
-    return dataframe.iloc[number::numParts], {'part': [number, numParts], 'rows': rows}
+    rows = {str(patient): row for row, patient in enumerate(dataframe.index) if row % numShards == number}
+    return dataframe.iloc[number::numShards], {'shard': [number, numShards], 'rows': rows}
 
 
 def partFile(filename, part):
-    """Return the path of the file of part (i, n) of a patch file, such as 'train.0of4.h5'."""
+    """Return the path of shard (i, n) of a patch file, such as 'train.0of4.h5'."""
     path = Path(filename)
     return str(path.with_name(f'{path.stem}.{part[0]}of{part[1]}{path.suffix}'))
 
 
-def _identify(dataframe, transform):
-    """Return the identity of a file list without its patients; of an unknown transform, with a message."""
-    stretched = {'format': FORMAT, **identify(dataframe)}
-    try:
-        return stretched if transform is None else {'format': FORMAT, **identify(dataframe, transform)}
-    except ValueError as error:
-        print(f'The transform cannot be compared with an earlier one, so patches are always cut anew: {error}')
-        return {**stretched, 'stretching': None, 'transform': UNKNOWN}
+def _countIfCurrent(filename, provenance, dataframe, known):
+    """Return the number of patches of a file with these settings and patients; else None, with a message.
 
-
-def _countIfCurrent(filename, identity, dataframe, known):
-    """Return the number of patches of a file with this identity and patients; else None, with a message.
-
-    `known` is filled with the checksums that the file holds, for `identity.checksums`.
+    The checksums that the file holds are added to `known`, for `provenance.checksums`.
     """
     if not Path(filename).exists():
         return None
     try:
         with h5py.File(filename, 'r') as file:
-            found, leftOut = readIdentity(file), json.loads(file['leftOut'][()])
+            found, leftOut = readProvenance(file), json.loads(file['leftOut'][()])
             known.update(found['files'])
-            reasons = _compare(found, identity, leftOut, dataframe, known)
+            reasons = _compare(found, provenance, leftOut, dataframe, known)
             numPatches = None if reasons else _verifyChecksums(file)
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         print(f'{filename} is damaged, or of another version ({error}), and is replaced.')
         return None
     if reasons:
-        print(f'{filename} has other patients or settings and is replaced: {"; ".join(reasons)}.')
+        print(f'{filename} is replaced: {"; ".join(reasons)}.')
         return None
     for patient, (reason, _) in leftOut.items():
         print(f'{patient} is left out: {reason}')
     return numPatches
 
 
-def _compare(found, identity, leftOut, dataframe, known):
-    """Return the reasons, in words, why a patch file with the identity `found` has to be cut anew."""
-    reasons = differences(found, identity, {'format': 'the format', **SEEN, **CUT})
+def _compare(found, provenance, leftOut, dataframe, known):
+    """Return why a file with the provenance `found` has to be cut anew, a list of texts; empty if it is current."""
+    reasons = differences(found, provenance, patients=False)
     if leftOut and config.ON_BAD_PATIENT == 'stop':
         reasons.append(f'{len(leftOut)} patients are left out')
-    if identity['transform'] == UNKNOWN:
-        reasons.append('the transform is unknown')
+    if provenance['settings']['stretching'] is None:
+        reasons.append('a transform of your own cannot be compared with an earlier one')
     if reasons:
         return reasons
-    contents = forEachPatient(functools.partial(checksums, known=known), dataframe, 'compare')
-    contents = dict(zip(dataframe.index.astype(str), contents, strict=True))
+    sums = forEachPatient(functools.partial(checksums, known=known), dataframe, 'compare')
+    sums = dict(zip(dataframe.index.astype(str), sums, strict=True))
     before = found['patients'] | {patient: content for patient, (_, content) in leftOut.items()}
-    other = patientDifferences({'patients': before}, {'patients': contents})
-    isReordered = list(found['patients']) != [patient for patient in contents if patient not in leftOut]
-    isReordered |= found.get('rows') != identity.get('rows')
-    return [f'of its patients, {other}'] if other else ['another order of patients'] * isReordered
+    reasons = differences({**found, 'patients': before}, {**provenance, 'patients': sums})
+    isReordered = list(found['patients']) != [patient for patient in sums if patient not in leftOut]
+    isReordered |= found.get('rows') != provenance.get('rows')
+    if isReordered and not reasons:
+        reasons.append('the patients are in another order')
+    return reasons
 
 
 _DATASETS = ('image', 'label')
@@ -174,14 +157,14 @@ def _verifyChecksums(file):
     return len(file['label'])
 
 
-def _writePatches(part, dataframe, transform, dtype, identity, known):
-    """Write every patient's patches and return how many; return None, and stop, if values do not fit float16."""
+def _writePatches(path, dataframe, transform, dtype, provenance, known):
+    """Write the patches of every patient and return how many; stop and return None if values do not fit float16."""
     size, contents, kept, bad = config.PATCH_SIZE, {}, [], {}
-    absent, written = set(range(1, config.NO_CLASSES)), 0
+    absent = set(range(1, config.NO_CLASSES))
     shapes = {'image': (len(config.MODALITIES), size, size), 'label': (size, size)}
-    # no chunk cache: on a full disk HDF5 would fail again when it closes the file, and crash the process at its end
-    # HDF5's own lock comes too late: the file has been emptied by then
-    with h5py.File(part, 'w', rdcc_nbytes=0, locking=False) as file:
+    # no chunk cache: on a full disk HDF5 would fail again when it closes the file, and crash the process at exit
+    # no lock of HDF5: it would come after the file was emptied; `writeAtomically` holds one
+    with h5py.File(path, 'w', rdcc_nbytes=0, locking=False) as file:
         for name, kind in zip(_DATASETS, (dtype, np.uint8), strict=True):
             _createDataset(file, name, shapes[name], kind, compression='lzf')
         for name in _ORIGINS:
@@ -194,26 +177,23 @@ def _writePatches(part, dataframe, transform, dtype, identity, known):
                 return None
             if isinstance(result, Exception):
                 bad[patient] = result
-            elif not (bad and config.ON_BAD_PATIENT == 'stop'):  # otherwise the rest is only checked
+            elif not (bad and config.ON_BAD_PATIENT == 'stop'):  # otherwise the others are only checked
                 _append(file, len(kept), *result)
                 kept.append(patient)
-                written = zlib.crc32(result[1], written) if identity['transform'] == UNKNOWN else 0
                 absent = {number for number in absent if not (result[-1] == number).any()}
         reportBad(bad, len(dataframe))
-        identity = {**identity, 'patients': {patient: contents[patient] for patient in kept}, 'files': known}
+        patients = {patient: contents[patient] for patient in kept}
         for number in absent if kept else ():
             print(f'None of these {len(kept)} patients has a patch with {config.CLASS_NAMES[number]}.')
-        if written:  # two unknown transforms are told apart by what they made
-            identity['transform'] = f'{UNKNOWN}, patches {written:08x}'
-        # datasets, because attributes end at 64 kB
-        file['identity'] = json.dumps(identity)
+        # datasets, because attributes hold at most 64 kB
+        file['provenance'] = json.dumps({**provenance, 'patients': patients, 'files': known})
         leftOut = {patient: [str(each), None if _mayPass(each) else contents[patient]] for patient, each in bad.items()}
         file['leftOut'] = json.dumps(leftOut)
         return len(file['label'])
 
 
 def _mayPass(error):
-    """Return whether an error came from the disk, so that the patient is to be tried again."""
+    """Return whether an error came from the disk, other than a missing file, so that another attempt may succeed."""
     number = getattr(error.__cause__ or error, 'errno', None)
     return number is not None and number != errno.ENOENT
 
@@ -225,7 +205,7 @@ def _createDataset(file, name, shape, dtype, **options):
 
 
 def _append(file, number, origins, image, label):
-    """Append the patches of one patient, number `number` of the file."""
+    """Append the patches of one patient, whose index in the file is `number`."""
     start, count = len(file['label']), len(origins)
     columns = zip(_ORIGINS, (np.full(count, number), *origins.T), strict=True)
     for name, values in {'image': image, 'label': label, **dict(columns)}.items():
@@ -234,14 +214,14 @@ def _append(file, number, origins, image, label):
 
 
 def _cutWithChecksums(paths, transform, dtype, known):
-    """Return the checksums of a patient's files, and what `_cutPatient` returns or the error that bad data raised."""
+    """Return the checksums of a patient's files, and what `_cutPatient` returns or the error that it raised."""
     return checksums(paths, known), attempt(functools.partial(_cutPatient, transform=transform, dtype=dtype))(paths)
 
 
 def _cutPatient(paths, transform, dtype):
     """Return the patches of one patient: origins int (N, 4), image (N, C, 128, 128), label uint8 (N, 128, 128).
 
-    None if `dtype` is float16 and a value lies outside [-1, 1].
+    Return None if `dtype` is float16 and a value lies outside [-1, 1].
     """
     cut = _cutStretched if transform is None else _cutTransformed
     origins, label, channels = cut(paths, transform)
@@ -254,7 +234,7 @@ def _cutPatient(paths, transform, dtype):
 
 
 def _cutTransformed(paths, transform):
-    """Return origins and label patches of a patient under a given transform, and an iterator of each channel's."""
+    """Return origins and label patches of a transformed patient, and an iterator over the patches of each channel."""
     image, label = readCase(paths)
     isBrain = maskFunction(image).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
     x, y = (tensor.numpy() for tensor in transformVolume(image, label, transform, patientOf(paths)))
@@ -264,7 +244,7 @@ def _cutTransformed(paths, transform):
 
 
 def _cutStretched(paths, _):
-    """Return what `_cutTransformed` returns, for `volumeTransform()`: only patches are stretched, not whole volumes."""
+    """Return what `_cutTransformed` returns for `volumeTransform()`. To save time, only the patches are stretched."""
     volumes, isBrain = readVolumes(paths), None
     y = next(volumes).transpose(2, 0, 1)
     if config.BACKGROUND_SHARE:
@@ -275,7 +255,7 @@ def _cutStretched(paths, _):
 
 
 def _stretchAndCut(origins, volume):
-    """Return the stretched patches of one modality; the limits come from the whole volume."""
+    """Return the stretched patches of one modality (W, H, D); the percentiles are those of the whole volume."""
     if volume.dtype.kind == 'f':
         volume = volume.astype(np.float32)  # as in `readCase`
     stretch, values = volumeTransform(), alongMemory(volume)[0](volume)
@@ -287,8 +267,8 @@ def _choosePatches(isTumor, isBrain, patient):
     """Return the (plane, slice, row, column) of the patches to keep, sorted by plane and slice, int (N, 4).
 
     Args:
-        isTumor, isBrain: masks (D, W, H); the second is used only if `config.BACKGROUND_SHARE` is not 0.
-        patient: id, from which first slices and background patches are drawn.
+        isTumor, isBrain: masks (D, W, H); `isBrain` may be None if `config.BACKGROUND_SHARE` is 0.
+        patient: id, which seeds the random draws together with `config.SEED`.
     """
     chosen = []
     for number, plane in enumerate(config.PLANES):
@@ -308,7 +288,7 @@ def _choosePlaces(isTumor, isBrain, generator):
     if config.RANDOM_STARTS:
         starts = generator.integers([start[-1] + 1 for start in grid], size=starts.shape)
 
-    def isIn(mask):  # (slices, windows): whether a window holds a voxel of the mask
+    def isIn(mask):  # bool (slices, windows): whether each window holds a voxel of the mask
         cut = [
             [mask[number, row : row + size, column : column + size].any() for row, column in windows]
             for number, windows in zip(slices, starts, strict=True)
@@ -323,14 +303,14 @@ def _choosePlaces(isTumor, isBrain, generator):
 
 
 def _cut(volume, origins, padding):
-    """Return patches (N, 128, 128) of a volume (D, W, H) at their origins, which are sorted by plane."""
+    """Return the patches (N, 128, 128) of a volume (D, W, H) at origins (N, 4), which are sorted by plane."""
     planes = [volume.transpose(PLANES[plane]) for plane in config.PLANES]
     places = [origins[origins[:, 0] == number, 1:] for number in range(len(planes))]
     return np.concatenate([_cutPlane(*pair, padding) for pair in zip(planes, places, strict=True)])
 
 
 def _cutPlane(volume, places, padding):
-    """Return patches (N, 128, 128) of slices (D, W, H); what is smaller than a patch is padded with a value."""
+    """Return the patches (N, 128, 128) of slices (D, W, H) at places (N, 3); slices smaller than a patch are padded."""
     size = config.PATCH_SIZE
     missing = [max(size - length, 0) for length in volume.shape[1:]]
     if any(missing):

@@ -1,4 +1,4 @@
-"""Let several processes, the ranks of torchrun, train one network as one process would."""
+"""Let several processes, the ranks of torchrun, train one model as one process would."""
 
 from contextlib import contextmanager
 
@@ -12,12 +12,12 @@ def isMany():
 
 
 def rank():
-    """Return the number of this rank, from 0; 0 without others."""
+    """Return the number of this rank, from 0; 0 if there is only one process."""
     return dist.get_rank() if isMany() else 0
 
 
 def numRanks():
-    """Return the number of ranks, 1 without others."""
+    """Return the number of ranks; 1 if there is only one process."""
     return dist.get_world_size() if isMany() else 1
 
 
@@ -33,7 +33,7 @@ def sumOverRanks(value):
 
 
 def fromFirst(value=None):
-    """Return on every rank the plain value that rank 0 gives."""
+    """Return on every rank the value that rank 0 passed; it has to be picklable."""
     values = [value]
     if isMany():
         dist.broadcast_object_list(values)
@@ -41,7 +41,7 @@ def fromFirst(value=None):
 
 
 def inStep(numbers):
-    """Yield on every rank what rank 0's iterable yields, so that all stop together; others may give None."""
+    """Yield on every rank what the iterable of rank 0 yields, so that all stop together; that of others is ignored."""
     source = iter(numbers) if rank() == 0 else None
     while (number := fromFirst(next(source, None) if rank() == 0 else None)) is not None:
         yield number
@@ -49,7 +49,7 @@ def inStep(numbers):
 
 @contextmanager
 def firstBeforeOthers():
-    """Run a block on rank 0, then on the others, which find what it has written."""
+    """Run a block on rank 0 first, then on the others, which find the files that rank 0 wrote."""
     if rank() > 0:
         dist.barrier()
     yield
@@ -58,42 +58,42 @@ def firstBeforeOthers():
 
 
 class TrainingBatches:
-    """Batch sampler: this rank's part of each batch of an epoch. All ranks together see the batches of one process.
+    """Batch sampler of this rank's part of each batch. All ranks together see the batches of one process.
 
-    The patches are shuffled by seed and epoch alone. Of a batch, rank r gets the patches r, r + n, ... of n ranks. All
-    get equally many: what the last batch has beyond that is dropped.
+    Rank 0 shuffles the patches, as a DataLoader with `shuffle = True` does. Of n ranks, rank r gets the patches r,
+    r + n, ... of each batch. If the last batch cannot be divided equally, the remainder is dropped.
 
     Args:
-        numPatches: patches of the data set.
+        numPatches: patches of the dataset.
         batchSize: patches of a batch, over all ranks.
-        seed: of the order.
 
     Attributes:
-        epoch: set it before each epoch, from 0.
         numSamples: patches of an epoch, over all ranks.
 
     Raises:
         ValueError: the ranks cannot share a batch equally.
     """
 
-    def __init__(self, numPatches, batchSize, seed):
+    def __init__(self, numPatches, batchSize):
         if batchSize % numRanks():
             raise ValueError(f'config.BATCHSIZE is {batchSize}; a multiple of the {numRanks()} ranks was expected.')
-        self.numPatches, self.batchSize, self.seed, self.epoch = numPatches, batchSize, seed, 0
+        self.numPatches, self.batchSize = numPatches, batchSize
         self.numSamples = numPatches - numPatches % batchSize % numRanks()
 
     def __len__(self):
         return -(-self.numSamples // self.batchSize)
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(self.numPatches, generator=generator)[: self.numSamples]
-        for batch in order.split(self.batchSize):
-            yield batch[rank() :: numRanks()].tolist()
+        drawn = list(torch.utils.data.RandomSampler(range(self.numPatches))) if rank() == 0 else None
+        order = fromFirst(drawn)[: self.numSamples]
+        for start in range(0, len(order), self.batchSize):
+            yield order[start : start + self.batchSize][rank() :: numRanks()]
 
 
 def validationBatches(numPatches, batchSize):
-    """Return the batches (lists of patch numbers) that this rank validates: whole batches of one process, none twice.
+    """Return the batches (lists of patch indices) that this rank validates.
+
+    They are whole batches of one process: of n ranks, rank r gets the batches r, r + n, ...
 
     Raises:
         ValueError: there are fewer batches than ranks.
@@ -105,19 +105,23 @@ def validationBatches(numPatches, batchSize):
 
 
 def seedEpoch(seed, epoch):
-    """Seed torch's generators for an epoch: other draws on each rank, and the same ones when a run is resumed."""
-    torch.manual_seed((seed * 100_003 + epoch) * 1_009 + rank())
+    """Seed torch on all ranks but 0 for an epoch, each differently, so that a resumed run draws the same.
+
+    Rank 0 is not seeded: the checkpoint holds the states of its generators.
+    """
+    if rank() > 0:
+        torch.manual_seed((seed * 100_003 + epoch) * 1_009 + rank())
 
 
 def share(model, criterion):
     """Return a model whose gradients are averaged over the ranks, so that a step equals that of the whole batch.
 
-    Batch norm uses the mean and variance of the whole batch, and the criterion sees the whole batch: the Dice loss and
-    batch norm of parts would not add up to those of the whole. The model and the criterion are changed in place.
+    Batch norm and the criterion are computed over the whole batch, because neither batch norm nor the Dice loss is the
+    mean of those of its parts. The model and the criterion are changed in place.
 
     Args:
-        model: on the device of this rank; before its optimizer and its average are made.
-        criterion: torch module of logits and labels.
+        model: on the device of this rank. Call this before its optimizer and its average are made.
+        criterion: torch module that takes logits (B, K, H, W) and classes int64 (B, H, W).
     """
     if not isMany():
         return model
@@ -125,9 +129,9 @@ def share(model, criterion):
         if type(layer) is torch.nn.BatchNorm2d:
             layer.__class__ = SyncedBatchNorm
     criterion.register_forward_pre_hook(_gatherBatch)
-    # as `engine.train` does, but that is too late for the buffers of the gradients
+    # `engine.train` does it too, but the buffers of the gradients are made here
     model.to(memory_format=torch.channels_last)
-    # an encoder of fewer stages keeps the weights of the others, unused
+    # an encoder that is cut to fewer stages keeps the weights of the others, unused
     return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
@@ -146,12 +150,12 @@ class _Sum(torch.autograd.Function):
 
 
 def _gatherBatch(criterion, inputs):
-    """Return logits and labels of all ranks in the place of this rank's, in training."""
+    """Return the logits and classes of all ranks in place of this rank's; None, to change nothing, in validation."""
     return tuple(map(_gather, inputs)) if torch.is_grad_enabled() else None
 
 
 def _gather(part):
-    """Return the parts (B, ...) of all ranks as one tensor (ranks * B, ...)."""
+    """Return the tensors (B, ...) of all ranks as one (ranks * B, ...), through which gradients flow."""
     others = torch.zeros_like(part)
     return _Sum.apply(torch.cat([part if number == rank() else others for number in range(numRanks())]))
 

@@ -1,14 +1,15 @@
-"""Train as the notebook does: one network, or the members of an ensemble, on every device there is.
+"""Train as the notebook does: one model, or the members of an ensemble, on one or several devices.
 
     python train.py NAME=value ...
     torchrun --nproc-per-node=2 train.py NAME=value ...
 
-Each NAME is one of `config`, its value a Python literal.
+Each NAME is a setting of `config`, its value a Python literal.
 """
 
 import ast
 import contextlib
 import difflib
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,49 +25,44 @@ from tqdm.auto import tqdm
 
 import batched
 import checkpoints
-import cohort
 import config
 import engine
-import preprocess
 import ranks
-import recipe
-import utils
+from dataset import BRATSDataset
+from patients import cohort
+from patients.reading import makeFileList
+from preprocess import makeDataset
+from transforms import makeTransforms
 
-# of each member: they follow its OUTPUT_FOLDER
+# not copied to a member: they follow from its own OUTPUT_FOLDER
 _OWN = ('TRAIN_FILE', 'VAL_FILE', 'LAST_CHECKPOINT', 'BEST_CHECKPOINT', 'RESULT_CHECKPOINT')
 
 
 def trainModel(traindf, valdf=None, tell=print):
-    """Train the network that `config` describes, as the notebook does, and return the path of its weights.
+    """Train the model that `config` describes, as the notebook does, and return the path of its checkpoint.
 
-    A stopped run goes on where it was, and ends with the weights of an uninterrupted one. Under torchrun all ranks
-    train one network: `config.BATCHSIZE` is that of all ranks together, and the batches are those of one process.
+    A stopped run is resumed, and ends with the weights of an uninterrupted one. Under torchrun all ranks train one
+    model on the batches of one process: `config.BATCHSIZE` is that of all ranks together.
 
     Args:
         traindf: file list of the patients to train on.
-        valdf: of those to validate on; None: no validation.
-        tell: called after each epoch with one line of text, on rank 0.
+        valdf: file list of the patients to validate on; None: no validation.
+        tell: function that is called on rank 0 after each epoch, with one line of text.
 
     Returns:
         str, `config.RESULT_CHECKPOINT`: the final weights; with `config.SCHEDULE = 'plateau'` those of the epoch with
         the lowest validation loss.
 
     Raises:
-        ValueError: bad data, or a run on other data in `config.OUTPUT_FOLDER`; as in the functions that are called.
+        ValueError: bad data, as in `preprocess.makeDataset`; or `config.OUTPUT_FOLDER` has a run on other data.
     """
     with ranks.firstBeforeOthers():
-        numTrain = preprocess.makeDataset(traindf, config.TRAIN_FILE)
-        numVal = 0 if valdf is None else preprocess.makeDataset(valdf, config.VAL_FILE)
-    trainSet = utils.BRATSDataset(config.TRAIN_FILE, numTrain, raw=True)
-    valSet = utils.BRATSDataset(config.VAL_FILE, numVal, raw=True) if numVal else None
-    batches = ranks.TrainingBatches(numTrain, config.BATCHSIZE, config.SEED)
+        numTrain = makeDataset(traindf, config.TRAIN_FILE)
+        numVal = 0 if valdf is None else makeDataset(valdf, config.VAL_FILE)
+    trainSet = BRATSDataset(config.TRAIN_FILE, numTrain, raw=True)
+    valSet = BRATSDataset(config.VAL_FILE, numVal, raw=True) if numVal else None
+    trainLoader, valLoader = _makeLoader(trainSet, True), _makeLoader(valSet, False) if valSet else None
     kind = torch.device(config.DEVICE).type
-    options = {'num_workers': config.LOADER_WORKERS, 'pin_memory': kind == 'cuda'}
-    trainLoader = torch.utils.data.DataLoader(trainSet, batch_sampler=batches, **options)
-    valLoader = None
-    if valSet is not None:
-        some = ranks.validationBatches(numVal, config.BATCHSIZE)
-        valLoader = torch.utils.data.DataLoader(valSet, batch_sampler=some, **options)
     torch.manual_seed(config.SEED)
     model, criterion = engine.makeModel(), engine.makeCriterion()
     shared = ranks.share(model, criterion)
@@ -74,16 +70,14 @@ def trainModel(traindf, valdf=None, tell=print):
     scaler = torch.amp.GradScaler(kind, enabled=engine.precision(kind) is torch.float16)
     numSteps = config.EPOCHS * len(trainLoader)
     scheduler, average = engine.makeScheduler(optimizer, numSteps), engine.makeAverage(model, numSteps)
-    run, augment = (model, optimizer, scheduler, scaler), batched.Batched(preprocess.makeTransforms()[0])
+    run, augment = (model, optimizer, scheduler, scaler), batched.Batched(makeTransforms()[0])
     *_, start, _, _, best = checkpoints.loadCheckpoint(*run, config.LAST_CHECKPOINT, average)
     for epoch in ranks.inStep(checkpoints.epochs(start)):
-        batches.epoch = epoch
         ranks.seedEpoch(config.SEED, epoch)
         loss = engine.train(shared, criterion, optimizer, scaler, trainLoader, augment, scheduler, average)
-        loss /= batches.numSamples
-        if valLoader is None:
-            valLoss = dice = None
-        else:
+        loss /= numTrain if ranks.numRanks() == 1 else trainLoader.batch_sampler.numSamples
+        valLoss = dice = None
+        if valSet is not None:
             valLoss, dice = engine.validate(average or model, criterion, valLoader, dice=True)
             valLoss /= numVal
         if config.SCHEDULE == 'plateau':
@@ -95,8 +89,17 @@ def trainModel(traindf, valdf=None, tell=print):
     return config.RESULT_CHECKPOINT
 
 
+def _makeLoader(dataset, shuffle):
+    """Return the loader of the notebook; under torchrun, one that yields this rank's part of its batches."""
+    options = {'num_workers': config.LOADER_WORKERS, 'pin_memory': config.DEVICE.startswith('cuda')}
+    if ranks.numRanks() == 1:
+        return torch.utils.data.DataLoader(dataset, config.BATCHSIZE, shuffle=shuffle, **options)
+    make = ranks.TrainingBatches if shuffle else ranks.validationBatches
+    return torch.utils.data.DataLoader(dataset, batch_sampler=make(len(dataset), config.BATCHSIZE), **options)
+
+
 def _save(epoch, run, loss, valLoss, best, average, dice, tell):
-    """Write the checkpoint of an epoch and tell of it, on rank 0; return the best validation loss on every rank."""
+    """Write the checkpoint of an epoch and report it, on rank 0; return the best validation loss on every rank."""
     if ranks.rank() == 0:
         best = checkpoints.makeCheckpoint(epoch, *run, loss, valLoss, best, average, dice)
         scores = ', '.join(f'{region} {value:.3f}' for region, value in (dice or {}).items())
@@ -111,18 +114,22 @@ def _save(epoch, run, loss, valLoss, best, average, dice, tell):
 def trainMembers(df, members, devices=None):
     """Train the members of an ensemble, several at a time if there are several devices.
 
-    Each member has a folder of its own below `config.OUTPUT_FOLDER`, with patches, checkpoints, history and `log.txt`.
-    A stopped run goes on where each member was. On one device the members are trained one after the other in this
-    process; on several, each in a process of its own, and a device that is free takes the next member. A script then
-    needs `if __name__ == '__main__':` around the call.
+    Each member has a folder below `config.OUTPUT_FOLDER` with its patches, checkpoints, history and `log.txt`. Stopped
+    members are resumed. On one device, the members are trained one after the other in this process. On several, each is
+    trained in a process of its own, and a free device takes the next member; a script then needs
+    `if __name__ == '__main__':` around the call. Members that are trained one after the other share the hours of
+    `config.TIME_BUDGET` equally.
 
     Args:
         df: file list.
-        members: list of dicts. `{'fold': 0, 'of': 5}` is trained on fold 0 of `utils.splitFolds(df, 5)`. Without a
-            fold, a member is trained and validated on the first two sets of `utils.split(df)`, the same for all, which
-            are written to `split.json` in `config.OUTPUT_FOLDER`. `{'plane': 'coronal'}` learns slices of one plane,
-            `{'seed': 1}` draws other weights and patches. Other keys are names of `config`.
-        devices: names such as `['cuda:0', 'cuda:1']`; one may be named several times. Default: all GPUs if
+        members: list of dicts, one for each member, with these keys:
+            - `'fold'` and `'of'`: `{'fold': 0, 'of': 5}` is trained on the training set of fold 0 of
+              `utils.splitFolds(df, 5)`, without validation. A member without a fold is trained and validated on the
+              first two sets of `utils.split(df)`, which are written to `split.json` in `config.OUTPUT_FOLDER`.
+            - `'plane'`: `{'plane': 'coronal'}` is trained on slices of this plane only.
+            - `'seed'`: `{'seed': 1}` draws other weights and patches.
+            - names of `config`, with their values.
+        devices: names such as `['cuda:0', 'cuda:1']`; the same one may be named several times. None: all GPUs if
             `config.DEVICE` is 'cuda', else `config.DEVICE`.
 
     Returns:
@@ -130,7 +137,7 @@ def trainMembers(df, members, devices=None):
 
     Raises:
         ValueError: a key of a member is unknown, or two members are the same.
-        RuntimeError: members failed. They are named with their errors, after the others have ended.
+        RuntimeError: members failed; they are named with their errors. The others are trained first.
     """
     jobs = {}
     for member in members:
@@ -152,14 +159,14 @@ def trainMembers(df, members, devices=None):
     if failed:
         reasons = '\n'.join(f'{name}: {reason}' for name, reason in failed.items())
         raise RuntimeError(
-            f'{len(failed)} of {len(jobs)} members failed; the others are complete, and the call goes on where it was '
-            f'if it is run again.\n{reasons}'
+            f'{len(failed)} of {len(jobs)} members failed; the others are complete. Call again to resume those that '
+            f'failed.\n{reasons}'
         )
     return [_resultOf(values) for values, _ in jobs.values()]
 
 
 def _resultOf(values):
-    """Return the path of the weights that a training with these values of `config` gives."""
+    """Return the path of the checkpoint that a training with these values of `config` ends with."""
     with configured(values):
         return config.RESULT_CHECKPOINT
 
@@ -181,14 +188,17 @@ def _valuesOf(member, name):
         own['PLANES'] = (own.pop('plane'),)
     if 'seed' in own:
         own['SEED'] = own.pop('seed')
+    if fixed := sorted({'DEVICE', 'OUTPUT_FOLDER', 'TIME_BUDGET'} & own.keys()):
+        raise ValueError(
+            f'The member {name} sets {", ".join(fixed)}: set it in config or by devices=, for all members.'
+        )
     checkNames(own)
     values = {name: value for name, value in vars(config).items() if name.isupper() and name not in (*_OWN, '_FOUND')}
-    # hours from the start of this process, but a member's process starts later
-    return values | {'OUTPUT_FOLDER': str(Path(config.OUTPUT_FOLDER, name)), 'TIME_BUDGET': config.TIME_BUDGET} | own
+    return values | {'OUTPUT_FOLDER': str(Path(config.OUTPUT_FOLDER, name))} | own
 
 
 def checkNames(names):
-    """Raise a ValueError if `config` has no value of a name; the nearest names are told."""
+    """Raise a ValueError, which suggests the nearest names, if `config` does not have one of the names."""
     known = [name for name in dir(config) if name.isupper() and not name.startswith('_')]
     for name in names:
         if name not in known:
@@ -197,20 +207,33 @@ def checkNames(names):
 
 
 def _runHere(jobs, devices):
-    """Train the members one after the other in this process; return a dict of name -> reason of those that failed."""
+    """Train the members one after the other in this process; return name -> error text of those that failed.
+
+    Args:
+        jobs: dict of name -> (values of `config`, (traindf, valdf)).
+        devices: list of one device.
+    """
     failed, screen = {}, sys.stdout
-    for name, (values, sets) in jobs.items():
-        with configured(values | {'DEVICE': devices[0]}):
+    for number, (name, (values, sets)) in enumerate(jobs.items()):
+        with configured(values | {'DEVICE': devices[0], 'TIME_BUDGET': _shareOfTime(len(jobs) - number)}):
             try:
                 _trainMember(sets, lambda text, name=name: print(f'{name}: {text}', file=screen))
-            except Exception as error:  # whatever it is, the other members go on
+            except Exception as error:  # of any kind: the other members are still trained
                 failed[name] = f'{type(error).__name__}: {error}'
     return failed
 
 
+def _shareOfTime(numMembers):
+    """Return the `config.TIME_BUDGET` of the next member, in hours, if so many are trained one after the other."""
+    if config.TIME_BUDGET is None:
+        return None
+    used = engine.hoursUsed()
+    return used + (config.TIME_BUDGET - used) / numMembers
+
+
 @contextlib.contextmanager
 def configured(values):
-    """Set values of `config` for a block, and restore all at its end."""
+    """Set values of `config` for a block, and restore all values at its end."""
     before = dict(vars(config))
     vars(config).update(values)
     try:
@@ -221,7 +244,7 @@ def configured(values):
 
 
 def _trainMember(sets, tell):
-    """Train one member, with its output in `log.txt` of its folder."""
+    """Train one member, and append its output to `log.txt` in its folder."""
     file = Path(config.OUTPUT_FOLDER, 'log.txt')
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, 'a', buffering=1) as log, contextlib.redirect_stdout(log):
@@ -233,7 +256,7 @@ def _trainMember(sets, tell):
 
 
 def _runOnDevices(jobs, devices):
-    """Train each member in a process of its own on the next free device; return as `_runHere` does."""
+    """Train each member in a process of its own on the next free device; return what `_runHere` returns."""
     context = multiprocessing.get_context('spawn')  # a forked process could not use the GPU
     waiting, free, running, failed = list(jobs), list(devices), {}, {}
     bars = {name: tqdm(total=jobs[name][0]['EPOCHS'], desc=name, position=at) for at, name in enumerate(jobs)}
@@ -243,9 +266,12 @@ def _runOnDevices(jobs, devices):
             while waiting and free:
                 name, device = waiting.pop(0), free.pop(0)
                 values, sets = jobs[name]
-                # a pipe for each: a process that is killed while it writes would block a queue for all
+                # a pipe for each: a process that is killed while it writes would block a queue that all share
                 messages, end = context.Pipe(duplex=False)
-                arguments = values | {'DEVICE': device}, sets, numThreads, recipe.hoursUsed(), end
+                # members that are still to be trained on this device, this one included
+                numLeft = math.ceil((len(waiting) + 1) / len(devices))
+                own = {'DEVICE': device, 'TIME_BUDGET': _shareOfTime(numLeft)}
+                arguments = values | own, sets, numThreads, engine.hoursUsed(), end
                 process = context.Process(target=_runMember, args=arguments)
                 process.start()
                 end.close()
@@ -274,7 +300,7 @@ def _runOnDevices(jobs, devices):
 
 
 def _show(bar, state, text):
-    """Move the bar of a member to the epoch that a line of text tells of."""
+    """Show in the bar of a member the epoch, or the error, that its process sent."""
     if state == 'epoch':
         bar.n = int(re.match(r'epoch +(\d+)', text)[1])
         bar.set_postfix_str(text.partition(': ')[2])
@@ -283,7 +309,12 @@ def _show(bar, state, text):
 
 
 def _runMember(values, sets, numThreads, hoursUsed, messages):
-    """Train one member in this process, and send (state, text) through a pipe."""
+    """Train one member in this new process, and send ('epoch' or 'failed', text) through a pipe.
+
+    Args:
+        hoursUsed: hours that the parent process had used at the start, part of `config.TIME_BUDGET`.
+        messages: end of the pipe to send to.
+    """
     vars(config).update(values)
     if config.TIME_BUDGET is not None:
         config.TIME_BUDGET -= hoursUsed
@@ -291,7 +322,7 @@ def _runMember(values, sets, numThreads, hoursUsed, messages):
     if 'cuda' in config.DEVICE:
         torch.cuda.set_device(config.DEVICE)
     try:
-        with open(os.devnull, 'w') as nowhere, contextlib.redirect_stderr(nowhere):  # bars of other processes
+        with open(os.devnull, 'w') as nowhere, contextlib.redirect_stderr(nowhere):  # their bars would mix
             _trainMember(sets, lambda text: messages.send(('epoch', text)))
     except Exception as error:
         messages.send(('failed', f'{type(error).__name__}: {error}'))
@@ -303,7 +334,7 @@ def _runMember(values, sets, numThreads, hoursUsed, messages):
 def readArguments(arguments):
     """Return a dict of `config` names and values from texts such as 'EPOCHS=50'.
 
-    A value is a Python literal. Where `config` has a text or None, a plain text is accepted too.
+    A value is a Python literal. A text without quotes is accepted where `config` has a text or None.
 
     Raises:
         ValueError: a text is not NAME=value, the name is unknown, or the value cannot be read.
@@ -325,18 +356,18 @@ def readArguments(arguments):
 
 @record  # torchrun tells which rank failed, and why
 def main(arguments):
-    """Check and split the patients of `config.DATA_FOLDER`, and train on them; under torchrun with all ranks."""
+    """Check and split the patients of `config.DATA_FOLDER`, and train on them, under torchrun with all ranks."""
     vars(config).update(readArguments(arguments))
     if 'RANK' in os.environ and int(os.environ['WORLD_SIZE']) > 1:
         isOnGpu = config.DEVICE.startswith('cuda')
         if isOnGpu:
             config.DEVICE = f'cuda:{os.environ["LOCAL_RANK"]}'
             torch.cuda.set_device(config.DEVICE)
-        # the others wait as long as rank 0 reads and cuts
+        # the other ranks wait while rank 0 checks and cuts the patients
         torch.distributed.init_process_group('nccl' if isOnGpu else 'gloo', timeout=timedelta(hours=12))
     sets = None
     if ranks.rank() == 0:
-        df = utils.makeFileList()
+        df = makeFileList()
         sets = cohort.split(cohort.usable(df, cohort.checkFiles(df)))
         cohort.writeSplit(sets, Path(config.OUTPUT_FOLDER, 'split.json'))
     traindf, valdf, _ = ranks.fromFirst(sets)

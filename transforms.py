@@ -5,8 +5,8 @@ import torch
 import torchio as tio
 
 import config
-from patients import maskFunction
-from volumes import alongMemory, findLimits, stretch
+from patients.reading import maskFunction
+from patients.volumes import alongMemory, findLimits, stretch
 
 
 class StretchHistogram(tio.RescaleIntensity):
@@ -29,20 +29,20 @@ class StretchHistogram(tio.RescaleIntensity):
         return findLimits(values, self.percentiles)
 
     def stretch(self, values, mask, low, high):
-        """Return `volumes.stretch` of the same arguments to the range."""
+        """Return `volumes.stretch` of the same arguments, to the range of this transform."""
         return stretch(values, mask, low, high, (self.out_min, self.out_max))
 
 
 class RandomContrast(tio.IntensityTransform):
-    """Change the gamma, contrast and brightness of each image by itself, as another scanner or another brain would.
+    """Change the gamma, contrast and brightness of each image on its own, as another scanner or another brain would.
 
-    Values are taken as fractions of a range. A fraction f above 0 becomes (f ** gamma) * contrast + brightness, clipped
+    A value is a fraction f of the range `limits`. If f is above 0, it becomes (f ** gamma) * factor + summand, clipped
     to 0 and 1; 0, the background, stays 0.
 
     Args:
-        logGamma: gamma is exp(u), u drawn from -logGamma to logGamma.
+        logGamma: gamma is exp(u), with u drawn from -logGamma to logGamma.
         contrast: the factor is drawn from 1 - contrast to 1 + contrast.
-        brightness: what is added is drawn from -brightness to brightness.
+        brightness: the summand is drawn from -brightness to brightness.
         limits: lower and upper end of the range.
         **options: of tio.Transform, such as `p` and `include`.
     """
@@ -72,7 +72,7 @@ class RandomContrast(tio.IntensityTransform):
 
 
 def imageKeys(count=None):
-    """Return the names of a subject's images: 'x1', 'x2', ...; as many as `config.MODALITIES` unless told."""
+    """Return the names of a subject's images: 'x1', 'x2', ...; `count` of them, or as many as `config.MODALITIES`."""
     return [f'x{number}' for number in range(1, (len(config.MODALITIES) if count is None else count) + 1)]
 
 
@@ -103,8 +103,8 @@ def makeTransforms():
 
     Returns:
         trainTransform: tio.Compose of padding, one spatial transform, a change of contrast (unless
-            `config.CONTRAST_PROBABILITY` is 0) and one intensity transform, for `utils.BRATSDataset` (patch by patch on
-            the CPU) or `batched.Batched` (batches on the device).
+            `config.CONTRAST_PROBABILITY` is 0) and one intensity transform. `utils.BRATSDataset` applies it to a patch
+            on the CPU, `batched.Batched` to a batch on its device.
         valTransform: tio.Compose that pads to `config.PATCH_SIZE`.
         testTransform: tio.Compose of `volumeTransform()`, for `engine.predict`.
     """
@@ -122,13 +122,10 @@ def makeTransforms():
         tio.RandomNoise(std=(0, config.NOISE_STD), **images): 0.5,
         tio.RandomBiasField(coefficients=config.BIAS_COEFFICIENTS, **images): 0.5,
     }
-    contrast = RandomContrast(*config.CONTRAST, config.STRETCH_RANGE, p=config.CONTRAST_PROBABILITY, **images)
-    train = [
-        pad,
-        tio.OneOf(spatial, p=config.SPATIAL_PROBABILITY, **both),
-        *[contrast] * (config.CONTRAST_PROBABILITY > 0),
-        tio.OneOf(intensity, p=config.INTENSITY_PROBABILITY, **both),
-    ]
+    train = [pad, tio.OneOf(spatial, p=config.SPATIAL_PROBABILITY, **both)]
+    if config.CONTRAST_PROBABILITY > 0:
+        train.append(RandomContrast(*config.CONTRAST, config.STRETCH_RANGE, p=config.CONTRAST_PROBABILITY, **images))
+    train.append(tio.OneOf(intensity, p=config.INTENSITY_PROBABILITY, **both))
     return tio.Compose(train, **both), tio.Compose([pad], **both), tio.Compose([volumeTransform()], copy=False, **both)
 
 
@@ -166,7 +163,7 @@ def transformVolume(image, label, transform, patient):
     Args:
         image, label: as in `transformCase`.
         transform: as in `transformCase`; None: `volumeTransform()`.
-        patient: patient id, for the error message.
+        patient: id, for the error message.
 
     Raises:
         ValueError: the transform changed the shape.

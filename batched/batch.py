@@ -17,13 +17,12 @@ class Batched:
 
     It draws from the same distributions as torchio and computes all samples with the same transform together. A sample
     with C channels stands for a `tio.Subject` with the images `x1` to `xC` and the label map `y`, each of depth 1. As
-    in torchio, spatial parameters are drawn once per sample, and intensity parameters once per sample and channel. `p`,
-    the weights of OneOf, `include`, `exclude` and `label_keys` mean what they mean in torchio. Rotations about the
-    first two axes, and scales and displacements along the third, have no effect on a slice, as in torchio.
+    in torchio, spatial parameters are drawn once per sample, and intensity parameters once per sample and channel;
+    what concerns the third axis alone has no effect on a slice.
 
-    Which samples meet which transform is drawn on the CPU, and no shape depends on pixel values, so the CPU never waits
-    for the device. `torch.compile` skips the call (a graph break): group sizes differ from batch to batch, and each new
-    size would be compiled again.
+    All choices are drawn on the CPU, and no shape depends on pixel values, so the CPU never waits for the device.
+    `torch.compile` skips the call (a graph break), because group sizes differ from batch to batch, and each new size
+    would be compiled again.
 
     Args:
         transform: RandomFlip, RandomAffine, RandomAnisotropy, RandomElasticDeformation, CropOrPad, RescaleIntensity,

@@ -15,7 +15,7 @@ def _mask(transform, image):
     """Return the bool mask of images (n, C, H, W) by the transform's masking function; without one, all pixels."""
     if transform.masking_method is None:
         return torch.ones_like(image, dtype=torch.bool)
-    volumes = image.flatten(0, 1)[:, None, ..., None]  # (n * C, 1, H, W, 1), each as torchio gives it to the function
+    volumes = image.flatten(0, 1)[:, None, ..., None]  # (n * C, 1, H, W, 1), each as torchio passes it to the function
     return torch.vmap(transform.masking_method)(volumes).view(image.shape)
 
 

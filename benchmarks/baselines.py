@@ -6,37 +6,25 @@ from pathlib import Path
 import h5py
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
 import torchio as tio
 from isal import igzip
-from PIL import Image
 from scipy import ndimage
 
 import config
 import transforms
 import utils
+from metrics.rules import RULES
+
+_FACES_AND_EDGES = ndimage.generate_binary_structure(3, 2)  # 18 neighbours
 
 # Augmentation: each function returns one that augments a patch (C, H, W) and its label (H, W); kornia's takes a batch.
 # A transform that a package lacks is left out, which makes that package faster.
 
 
-def makeStretchingTransform():
-    """Return the transforms of the training with the histogram stretched per patch, as in the document's list."""
-    pad, spatial, intensity = transforms.makeTransforms()[0].transforms
-    images = transforms.imageKeys()
-    stretch = tio.RescaleIntensity(
-        config.STRETCH_RANGE, config.STRETCH_PERCENTILES, masking_method=utils.maskFunction, include=images
-    )
-    return tio.Compose([pad, spatial, stretch, intensity], include=[*images, 'y'], label_keys=['y'])
-
-
 class AugmentedDataset(torch.utils.data.Dataset):
-    """Return patches of a patch file after the augmentation of another package.
-
-    Args:
-        file: path of the patch file.
-        augment: function of one patch and its label.
-    """
+    """The patches of a patch file, augmented by a function of one patch and its label."""
 
     def __init__(self, file, augment):
         self.patches, self.augment = utils.BRATSDataset(file), augment
@@ -58,8 +46,8 @@ def makeTorchioAugment(transform):
     return augment
 
 
-def makeMonaiAugment(isStretched):
-    """Return a function that applies MONAI's dictionary transforms; they stretch without a mask."""
+def makeMonaiAugment():
+    """Return a function that applies MONAI's dictionary transforms to one patch."""
     from monai import transforms as monai
 
     both, modes = ['image', 'label'], ('bilinear', 'nearest')
@@ -87,13 +75,11 @@ def makeMonaiAugment(isStretched):
     identity, p = monai.Identityd(both), config.SPATIAL_PROBABILITY
     methods = [monai.Compose(flip), affine, coarse, elastic, identity]
     spatial = monai.OneOf(methods, [*(weights * p / weights.sum()), 1 - p])
-    bounds = (*config.STRETCH_PERCENTILES, *config.STRETCH_RANGE)
-    stretch = [monai.ScaleIntensityRangePercentilesd('image', *bounds, clip=True, channel_wise=True)] * isStretched
     noise = monai.RandGaussianNoised('image', prob=1, std=config.NOISE_STD)
     coefficients = (-config.BIAS_COEFFICIENTS, config.BIAS_COEFFICIENTS)
     bias = monai.RandBiasFieldd('image', prob=1, coeff_range=coefficients)
     p = config.INTENSITY_PROBABILITY / 2
-    transform = monai.Compose([pad, spatial, *stretch, monai.OneOf([noise, bias, identity], [p, p, 1 - 2 * p])])
+    transform = monai.Compose([pad, spatial, monai.OneOf([noise, bias, identity], [p, p, 1 - 2 * p])])
 
     def augment(image, label):
         result = transform({'image': image.float(), 'label': label[None]})
@@ -103,7 +89,11 @@ def makeMonaiAugment(isStretched):
 
 
 def makeBatchgeneratorsAugment(isGamma):
-    """Return a function that applies batchgeneratorsv2; gamma correction or a brightness gradient is its bias field."""
+    """Return a function that applies batchgeneratorsv2 to one patch.
+
+    Args:
+        isGamma: whether gamma correction stands for the bias field, which it lacks; otherwise a brightness gradient.
+    """
     from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
     from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
     from batchgeneratorsv2.transforms.local.brightness_gradient import BrightnessGradientAdditiveTransform
@@ -139,7 +129,7 @@ def makeBatchgeneratorsAugment(isGamma):
 
 
 def makeKorniaAugment():
-    """Return a function that applies kornia to a batch, with the probabilities of torchio's list."""
+    """Return a function that applies kornia to a batch, with the same probabilities."""
     import kornia.augmentation as kornia
 
     weights = np.array([config.FLIP_WEIGHT, config.AFFINE_WEIGHT, config.ANISOTROPY_WEIGHT, config.ELASTIC_WEIGHT])
@@ -166,7 +156,7 @@ def makeKorniaAugment():
 
 
 def readByIsal(path):
-    """Return the volume of a `.nii.gz` file, decompressed at once by isal, as `patients.py` does."""
+    """Return the volume of a `.nii.gz` file, decompressed at once by isal, as `patients.readCase` does."""
     return np.asanyarray(nib.Nifti1Image.from_bytes(igzip.decompress(Path(path).read_bytes())).dataobj)
 
 
@@ -241,17 +231,6 @@ def predictNaively(paths, model):
     return probabilities[:, :, : x.shape[2], : x.shape[3]].argmax(1)
 
 
-def predictPatchByPatch(x, model, device):
-    """Send the four corner windows of each slice of a volume (D, C, W, H) through the model, one at a time."""
-    size = config.PATCH_SIZE
-    starts = [(row, column) for row in (0, x.shape[2] - size) for column in (0, x.shape[3] - size)]
-    with torch.inference_mode():
-        for depth in range(len(x)):
-            for row, column in starts:
-                patch = x[depth : depth + 1, :, row : row + size, column : column + size]
-                model(patch.to(device)).argmax(1).cpu()
-
-
 def predictByMonai(x, model, device):
     """Return the classes (D, W, H) of a volume (D, C, W, H) by MONAI's SlidingWindowInferer, slice by slice."""
     from monai.inferers import SlidingWindowInferer
@@ -270,9 +249,14 @@ def predictByMonai(x, model, device):
 
 def computeHd95ByTransform(truth, prediction):
     """Return HD95 in mm of two masks at 1 mm by the distance transform of the whole volume."""
+    return max(np.percentile(distances, 95) for distances in _surfaceDistances(truth, prediction))
+
+
+def _surfaceDistances(truth, prediction):
+    """Return the distance in mm of each surface voxel of one mask to the surface of the other, in both directions."""
     surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (truth, prediction)]
     distances = [ndimage.distance_transform_edt(~surface) for surface in surfaces]
-    return max(np.percentile(distances[1][surfaces[0]], 95), np.percentile(distances[0][surfaces[1]], 95))
+    return distances[1][surfaces[0]], distances[0][surfaces[1]]
 
 
 def computeHd95ByMonai(truth, prediction):
@@ -292,10 +276,68 @@ def computeHd95BySurfaceDistance(truth, prediction):
     )
 
 
-# Pictures
+def scoreLesionsNaively(y, yhat):
+    """Return the table of `metrics.scoreLesions(y, yhat, rule='BraTS2024')` at 1 mm.
+
+    Each lesion is a mask of the whole volume, where it is dilated, compared and measured, as the challenge does.
+    """
+    regions = RULES['BraTS2024'].regions
+    separated = {
+        name: [_separate(np.isin(each, region.classes), region.dilation) for each in (y, yhat)]
+        for name, region in regions.items()
+    }
+    for name, (_, prediction) in separated.items():
+        for number in np.unique(prediction[prediction > 0]):
+            if (prediction == number).sum() <= regions[name].smallestPredicted:
+                prediction[prediction == number] = 0
+    rows = {}
+    for name, region in regions.items():
+        merged = [each.copy() for each in separated[name]]
+        for other in region.mergedBy:
+            merged = [_merge(own, others) for own, others in zip(merged, separated[other], strict=True)]
+        rows[name] = _scoreLesionsOf(*merged, region)
+    return pd.DataFrame.from_dict(rows, orient='index').rename_axis('region')
 
 
-def writeFramesInColor(frames, file):
-    """Write RGB frames, uint8 (N, H, W, 3), as an animated GIF; Pillow computes a palette for each frame."""
-    images = [Image.fromarray(frame) for frame in frames]
-    images[0].save(file, 'GIF', save_all=True, append_images=images[1:], duration=80, loop=0)
+def _separate(mask, dilation):
+    """Return the number of the lesion at each voxel of a mask, 0 outside."""
+    return ndimage.label(ndimage.binary_dilation(mask, _FACES_AND_EDGES, dilation), np.ones((3, 3, 3)))[0] * mask
+
+
+def _merge(numbers, others):
+    """Return numbers in which the lesions that touch the same lesion of another region have one number."""
+    merged, first = numbers.copy(), {}
+    for number in np.unique(numbers[numbers > 0]):
+        lesion = numbers == number
+        touched = others[ndimage.binary_dilation(lesion, _FACES_AND_EDGES)]
+        if touched.any():
+            merged[lesion] = first.setdefault(touched[touched > 0].min(), number)
+    return merged
+
+
+def _scoreLesionsOf(truth, prediction, region):
+    """Return the scores of one region, name -> number, from the numbers of the lesions of truth and prediction."""
+    from surface_distance import compute_robust_hausdorff, compute_surface_distances
+
+    scores, missed, matched = [], 0, set()
+    for number in np.unique(truth[truth > 0]):
+        lesion = truth == number
+        near = set(prediction[ndimage.binary_dilation(lesion, _FACES_AND_EDGES, region.dilation)]) - {0}
+        matched |= near
+        if lesion.sum() <= region.smallestTrue:
+            continue
+        missed += not near
+        if near:
+            found = np.isin(prediction, list(near))
+            dice = 2 * (lesion & found).sum() / (lesion.sum() + found.sum())
+            hd95 = compute_robust_hausdorff(compute_surface_distances(lesion, found, (1, 1, 1)), 95)
+            distances = _surfaceDistances(lesion, found)
+            nsd = [np.mean([(each <= limit).mean() for each in distances]) for limit in (0.5, 1.0)]
+            scores.append([dice, hd95, *nsd])
+    falsePositive = len(set(np.unique(prediction)) - {0} - matched)
+    total = len(scores) + missed + falsePositive
+    worst = np.array([0, RULES['BraTS2024'].penalty, 0, 0])
+    summed = np.sum(scores, axis=0) + (missed + falsePositive) * worst
+    dice, hd95, *nsd = summed / total if total else (1, 0, 1, 1)
+    counts = {'missed': missed, 'falsePositive': falsePositive}
+    return {'dice': dice, 'hd95': hd95, **counts, 'nsd0.5': nsd[0], 'nsd1.0': nsd[1]}

@@ -1,11 +1,13 @@
 """Measure every stage of this package, compared with naive baselines and well-known packages."""
 
+import contextlib
 import copy
-import functools
+import io
 import math
 import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -14,7 +16,6 @@ import numpy as np
 import pandas as pd
 import segmentation_models_pytorch as smp
 import torch
-from PIL import Image, ImageSequence
 from scipy import ndimage
 from torch.utils.data import DataLoader, RandomSampler, default_collate
 
@@ -24,18 +25,14 @@ import engine
 import metrics
 import patients
 import phantom
-import pictures
 import preprocess
-import recipe
 import transforms
 import utils
 from atomic import writeAtomically
-from benchmarks import baselines, lesions, timing
+from benchmarks import baselines, timing
 
 PATIENTS = 8  # phantoms of full size
 BATCH = 32  # patches
-COHORT = 369  # patients of BraTS 2020, for the projection
-PATCHES = 45_375 + 10_263  # patches that they have
 
 
 def main(numPatients=PATIENTS, shape=phantom.BOX):
@@ -46,8 +43,8 @@ def main(numPatients=PATIENTS, shape=phantom.BOX):
         shape: voxels of each phantom.
 
     Returns:
-        table: DataFrame as `measure` returns it, of all stages.
-        memory: DataFrame as `benchMemory` returns it.
+        table: of all stages, as `timing.measure` returns it.
+        memory: as `benchMemory` returns it.
     """
     print(timing.describeMachine(engine.precision(config.DEVICE)))
     vars(config).update(config.DOCUMENT)  # the baselines cut and predict axial slices
@@ -56,7 +53,7 @@ def main(numPatients=PATIENTS, shape=phantom.BOX):
 
     def show(table):
         tables.append(table)
-        print(table.to_string(index=False, float_format='{:.3g}'.format, na_rep='not installed'), '\n', flush=True)
+        print(table.to_string(index=False, float_format='{:.3g}'.format), '\n', flush=True)
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Default grid_sample')  # raised inside kornia and MONAI
@@ -64,7 +61,7 @@ def main(numPatients=PATIENTS, shape=phantom.BOX):
         phantom.makeCases(folder, numPatients, shape=shape)
         df = utils.makeFileList(folder)
         file = str(Path(folder, 'patches.h5'))
-        numPatches = preprocess.makeDataset(df, file)
+        preprocess.makeDataset(df, file)
         show(benchAugmentation(*_firstBatch(utils.BRATSDataset(file, raw=True))))
         show(benchLoading(file))
         show(benchPreprocessing(df, folder))
@@ -72,61 +69,41 @@ def main(numPatients=PATIENTS, shape=phantom.BOX):
         model = engine.makeModel()
         show(benchTraining(file, model))
         show(benchPrediction(df.iloc[0], model))
-        x, y, _ = engine.predict(df.iloc[0], model)
+        _, y, _ = engine.predict(df.iloc[0], model)
         yhat = y.roll((1, 4, -6), (0, 1, 2))  # stands for a prediction that is somewhat wrong
         show(benchScores(y, yhat))
-        show(lesions.benchLesions(*(each.numpy().transpose(1, 2, 0) for each in (y, yhat))))
-        show(benchGif(x, y, yhat, folder))
         memory = benchMemory(df, folder)
-        megabytes = Path(file).stat().st_size / 1e6 / numPatches
     table = pd.concat(tables, ignore_index=True)
-    _printProjection(table.set_index(['stage', 'method']).ms, megabytes)
     for name, values in (('benchmark.csv', table), ('memory.csv', memory)):
         print(f'\n{formatTable(values)}')
-        with writeAtomically(Path(config.OUTPUT_FOLDER) / name) as part:
-            values.to_csv(part, index=False)
+        with writeAtomically(Path(config.OUTPUT_FOLDER) / name) as temporary:
+            values.to_csv(temporary, index=False)
     return table, memory
 
 
-def _bothTransforms():
-    """Return pairs of what a stage's name says about stretching, and the transforms of the training."""
-    return [
-        ('without stretching', transforms.makeTransforms()[0]),
-        ('with stretching', baselines.makeStretchingTransform()),
-    ]
-
-
 def benchAugmentation(image, label):
-    """Measure the augmentation of one batch, float16 (B, C, H, W) and uint8 (B, H, W), with and without stretching."""
+    """Measure the augmentation of one batch, float16 (B, C, H, W) and uint8 (B, H, W)."""
     image, label = image.float(), label.long()
     onDevice = image.to(config.DEVICE), label.to(config.DEVICE)
-    tables = []
-    for isStretched, (name, transform) in enumerate(_bothTransforms()):
-        augments = {
-            'torchio, sample by sample': baselines.makeTorchioAugment(transform),
-            'MONAI, sample by sample': timing.makeIfInstalled(baselines.makeMonaiAugment, isStretched),
-        }
-        if not isStretched:  # these packages do not stretch by percentiles
-            for isGamma, suffix in enumerate(('', ', gamma as bias field')):
-                augment = timing.makeIfInstalled(baselines.makeBatchgeneratorsAugment, isGamma)
-                augments[f'batchgeneratorsv2{suffix}'] = augment
-        methods = {'Batched': functools.partial(batched.Batched(transform), *onDevice)}
-        methods |= {name: augment and _perSample(augment, image, label) for name, augment in augments.items()}
-        if not isStretched:
-            kornia = timing.makeIfInstalled(baselines.makeKorniaAugment)
-            methods['kornia, on the batch'] = kornia and functools.partial(kornia, *onDevice)
-        tables.append(timing.measure(f'augmentation {name}, per patch', methods, len(image)))
-    return pd.concat(tables)
+    transform = transforms.makeTransforms()[0]
+    augments = {
+        'torchio, sample by sample': baselines.makeTorchioAugment(transform),
+        'MONAI, sample by sample': baselines.makeMonaiAugment(),
+        'batchgeneratorsv2': baselines.makeBatchgeneratorsAugment(isGamma=False),
+        'batchgeneratorsv2, gamma as bias field': baselines.makeBatchgeneratorsAugment(isGamma=True),
+    }
+    methods = {
+        'Batched': partial(batched.Batched(transform), *onDevice),
+        **{name: partial(_augmentSamples, augment, image, label) for name, augment in augments.items()},
+        'kornia, on the batch': partial(baselines.makeKorniaAugment(), *onDevice),
+    }
+    return timing.measure('augmentation, per patch', methods, len(image))
 
 
-def _perSample(augment, image, label):
-    """Return a function that augments a batch sample by sample, as the worker of a loader does."""
-
-    def run():
-        samples = [augment(*sample) for sample in zip(image, label, strict=True)]
-        return tuple(torch.stack(values) for values in zip(*samples, strict=True))
-
-    return run
+def _augmentSamples(augment, image, label):
+    """Return a batch that is augmented sample by sample, as the worker of a loader does."""
+    samples = [augment(*sample) for sample in zip(image, label, strict=True)]
+    return tuple(torch.stack(values) for values in zip(*samples, strict=True))
 
 
 def benchLoading(file, numSlow=13, numFast=65):
@@ -138,26 +115,23 @@ def benchLoading(file, numSlow=13, numFast=65):
     """
     stored = utils.BRATSDataset(file, raw=True)
     image, label = (values.to(config.DEVICE) for values in _firstBatch(stored))
-    tables = []
-    for isStretched, (name, transform) in enumerate(_bothTransforms()):
-        augment = batched.Batched(transform)
-        slow = utils.BRATSDataset(file, None, transform)
-        methods = {
-            'raw patches, then Batched': functools.partial(timing.timeLoader, _makeLoader(stored, numFast), augment),
-            'loading alone': functools.partial(timing.timeLoader, _makeLoader(stored, numFast)),
-            'Batched alone': timing.makeTimed(functools.partial(augment, image, label), BATCH),
-            'torchio in the workers': functools.partial(timing.timeLoader, _makeLoader(slow, numSlow)),
-        }
-        augments = {'MONAI': timing.makeIfInstalled(baselines.makeMonaiAugment, isStretched)}
-        if not isStretched:
-            kornia, loader = timing.makeIfInstalled(baselines.makeKorniaAugment), _makeLoader(stored, numSlow)
-            methods['raw patches, then kornia'] = kornia and functools.partial(timing.timeLoader, loader, kornia)
-            augments['batchgeneratorsv2'] = timing.makeIfInstalled(baselines.makeBatchgeneratorsAugment, False)
-        for package, other in augments.items():
-            loader = other and _makeLoader(baselines.AugmentedDataset(file, other), numSlow)
-            methods[f'{package} in the workers'] = loader and functools.partial(timing.timeLoader, loader)
-        tables.append(timing.measure(f'loader and augmentation {name}, per patch', methods, rounds=3))
-    return pd.concat(tables)
+    transform = transforms.makeTransforms()[0]
+    augment = batched.Batched(transform)
+    monai, batchgenerators = baselines.makeMonaiAugment(), baselines.makeBatchgeneratorsAugment(isGamma=False)
+    loadings = {  # dataset, number of batches, augmentation on the device
+        'raw patches, then Batched': (stored, numFast, augment),
+        'loading alone': (stored, numFast, None),
+        'torchio in the workers': (utils.BRATSDataset(file, None, transform), numSlow, None),
+        'raw patches, then kornia': (stored, numSlow, baselines.makeKorniaAugment()),
+        'MONAI in the workers': (baselines.AugmentedDataset(file, monai), numSlow, None),
+        'batchgeneratorsv2 in the workers': (baselines.AugmentedDataset(file, batchgenerators), numSlow, None),
+    }
+    methods = {
+        name: partial(timing.timeLoader, _makeLoader(dataset, numBatches), onDevice)
+        for name, (dataset, numBatches, onDevice) in loadings.items()
+    }
+    methods['Batched alone'] = timing.makeTimed(partial(augment, image, label), BATCH)
+    return timing.measure('loader and augmentation, per patch', methods, rounds=3)
 
 
 def _firstBatch(dataset):
@@ -186,13 +160,13 @@ def benchPreprocessing(df, folder):
 
     methods = {
         'makeDataset': cut,
-        'reading only: isal': functools.partial(read, baselines.readByIsal),
-        'reading only: nibabel': functools.partial(read, baselines.readByNibabel),
-        'reading only: SimpleITK': functools.partial(read, baselines.readBySimpleITK),
+        'reading only: isal': partial(read, baselines.readByIsal),
+        'reading only: nibabel': partial(read, baselines.readByNibabel),
+        'reading only: SimpleITK': partial(read, baselines.readBySimpleITK),
         'naive baseline': lambda: baselines.preprocessNaively(df, str(Path(folder, 'naive.h5'))),
     }
-    methods = {name: timing.silence(method) for name, method in methods.items()}
-    return timing.measure('preprocessing, per patient', methods, len(df), rounds=3)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return timing.measure('preprocessing, per patient', methods, len(df), rounds=3)
 
 
 def benchReading(file, numBatches=32):
@@ -208,7 +182,7 @@ def benchReading(file, numBatches=32):
         for indices in order.split(BATCH):
             default_collate(dataset.__getitems__(indices.tolist()))
 
-    methods = {name: functools.partial(read, dataset) for name, dataset in datasets.items()}
+    methods = {name: partial(read, dataset) for name, dataset in datasets.items()}
     return timing.measure('reading shuffled patches, per patch', methods, len(order))
 
 
@@ -229,7 +203,7 @@ def benchTraining(file, model, numBatches=4):
     held = [values.to(config.DEVICE) for values in _firstBatch(raw)]
     usual = engine.precision(config.DEVICE)
 
-    def train(makeLoader=None, transform=None, dtype=usual, model=model):
+    def train(makeLoader=None, transform=None, dtype=usual):
         scaler = torch.amp.GradScaler(config.DEVICE, enabled=dtype is torch.float16)
         loader = [held] * (numBatches + 1) if makeLoader is None else makeLoader()
         batches = iter(loader)
@@ -238,27 +212,22 @@ def benchTraining(file, model, numBatches=4):
         def trainOn(part):
             engine.train(model, criterion, optimizer, scaler, part, transform)
 
-        with mock.patch.object(recipe, 'precision', lambda device: dtype):
+        with mock.patch.object(engine, 'precision', lambda device: dtype):
             trainOn([first])  # not timed: starts the workers and copies the memory that they share
             return timing.makeTimed(lambda: trainOn(rest), BATCH * len(rest))()
 
-    fast = functools.partial(_makeLoader, raw, numBatches + 1)
+    fast = partial(_makeLoader, raw, numBatches + 1)
     methods = {
         'one batch held on the device': train,
         'raw patches, then Batched': lambda: train(fast, batched.Batched(trainTransform)),
-        'torchio in the workers': lambda: train(functools.partial(_makeLoader, slow, numBatches // 4 + 1)),
+        'torchio in the workers': lambda: train(partial(_makeLoader, slow, numBatches // 4 + 1)),
     }
     if usual is not None:  # a processor that emulates bfloat16 takes minutes for a step
         methods['held, float32'] = lambda: train(dtype=None)
         methods['held, bfloat16'] = lambda: train(dtype=torch.bfloat16)
     if isCuda:
         methods['held, float16'] = lambda: train(dtype=torch.float16)
-        methods['held, compiled'] = functools.partial(train, model=torch.compile(model))
-    table = timing.measure('training step, per patch', methods, rounds=3)
-    if isCuda:
-        print(f'Peak memory of the GPU: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB')
-    print(f'The model is trained on {1e3 / table.ms[0]:.0f} patches a second.')
-    return table
+    return timing.measure('training step, per patch', methods, rounds=3)
 
 
 def benchPrediction(paths, model, every=10):
@@ -283,7 +252,6 @@ def benchPrediction(paths, model, every=10):
     slow = {
         "MONAI's inferer in our precision and layout": lambda: monai(model, engine.precision(config.DEVICE)),
         "MONAI's inferer in float32": lambda: monai(plain, None),
-        'forward passes only, patch by patch': lambda: baselines.predictPatchByPatch(some, plain, config.DEVICE),
     }
     methods = {
         'predict, bounding box, with reading': lambda: engine.predict(paths, model),
@@ -293,18 +261,14 @@ def benchPrediction(paths, model, every=10):
         ),
         **{name: timing.makeTimed(method, fraction) for name, method in slow.items()},
     }
-    classes = timing.makeIfInstalled(monai, model, engine.precision(config.DEVICE))
-    if classes is None:
-        methods = {name: None if 'MONAI' in name else method for name, method in methods.items()}
-    else:
-        isBrain = (some > some.amin()).any(1)
-        same = (classes == yhat[every // 2 :: every])[isBrain].float().mean()
-        print(f"Classes equal to those of MONAI's inferer in the same precision: {same:.2%} of the brain's voxels")
+    classes, isBrain = monai(model, engine.precision(config.DEVICE)), (some > some.amin()).any(1)
+    same = (classes == yhat[every // 2 :: every])[isBrain].float().mean()
+    print(f"Classes equal to those of MONAI's inferer in the same precision: {same:.2%} of the brain's voxels")
     return timing.measure('prediction, per patient', methods, rounds=3)
 
 
 def benchScores(y, yhat):
-    """Measure the scores of one patient from truth and prediction, integer tensors (D, W, H)."""
+    """Measure counts, HD95 and lesion-wise scores of truth and prediction, integer tensors (D, W, H)."""
     y, yhat = y.numpy(), yhat.numpy()
     tensors = torch.from_numpy(yhat), torch.from_numpy(y)
     options = {'mode': 'multiclass', 'num_classes': config.NO_CLASSES}
@@ -315,31 +279,24 @@ def benchScores(y, yhat):
     masks = y > 0, yhat > 0
     (box,) = ndimage.find_objects((masks[0] | masks[1]).astype(np.uint8))
     cropped = [mask[box] for mask in masks]
-    monai = timing.makeIfInstalled(baselines.computeHd95ByMonai, *masks)
-    deepmind = timing.makeIfInstalled(baselines.computeHd95BySurfaceDistance, *masks)
     measuring = {
         'hausdorff95': lambda: metrics.hausdorff95(*masks),
         'distance transform of the volume': lambda: baselines.computeHd95ByTransform(*masks),
-        'MONAI': monai and (lambda: baselines.computeHd95ByMonai(*masks)),
-        'MONAI, cropped beforehand': monai and (lambda: baselines.computeHd95ByMonai(*cropped)),
+        'MONAI': lambda: baselines.computeHd95ByMonai(*masks),
+        'MONAI, cropped beforehand': lambda: baselines.computeHd95ByMonai(*cropped),
         "hausdorff95, surface-distance's rule": lambda: metrics.hausdorff95(*masks, rule='surface-distance'),
-        'surface-distance': deepmind and (lambda: baselines.computeHd95BySurfaceDistance(*masks)),
+        'surface-distance': lambda: baselines.computeHd95BySurfaceDistance(*masks),
     }
-    print(f'HD95 of the whole tumor: {measuring["hausdorff95"]():.6f} mm, by MONAI {monai} mm')
-    tables = [timing.measure('counts of voxels, per patient', counting)]
-    return pd.concat([*tables, timing.measure('HD95, per patient', measuring)])
-
-
-def benchGif(x, y, yhat, folder):
-    """Measure the animated GIF of one patient, compared with writing the same frames in color."""
-    [file] = pictures.makeGifs(x, y, yhat, folder)
-    with Image.open(file) as movie:
-        frames = np.stack([np.asarray(frame.convert('RGB')) for frame in ImageSequence.Iterator(movie)])
-    methods = {
-        'makeGifs': lambda: pictures.makeGifs(x, y, yhat, folder),
-        'frames in color': lambda: baselines.writeFramesInColor(frames, Path(folder, 'color.gif')),
+    scoring = {
+        "scoreLesions, 2024's rule": lambda: metrics.scoreLesions(y, yhat, rule='BraTS2024'),
+        'whole volumes, lesion by lesion': lambda: baselines.scoreLesionsNaively(y, yhat),
     }
-    return timing.measure('animated GIF, per patient', methods, rounds=3)
+    tables = [
+        timing.measure('counts of voxels, per patient', counting),
+        timing.measure('HD95, per patient', measuring),
+        timing.measure('lesion-wise scores, per patient', scoring, rounds=1),
+    ]
+    return pd.concat(tables)
 
 
 def benchMemory(df, folder):
@@ -350,8 +307,8 @@ def benchMemory(df, folder):
         folder: for the patch files.
 
     Returns:
-        DataFrame with the columns `stage`, `method`, `GB` and `ratio` (to the first method of the stage). The model is
-        made in the process and counts.
+        DataFrame with the columns `stage`, `method`, `GB` (with the model) and `ratio` (to the first method of the
+        stage).
     """
     settings = {name: value for name, value in vars(config).items() if name.isupper() and not name.startswith('_')}
     settings['DEVICE'] = config.DEVICE
@@ -362,7 +319,8 @@ def benchMemory(df, folder):
         ('memory of prediction', 'predict'): (_predictAnew, engine.predict, df.iloc[0]),
         ('memory of prediction', 'naive baseline'): (_predictAnew, baselines.predictNaively, df.iloc[0]),
     }
-    peaks = [(*names, _runAnew(timing.measurePeak, settings, *job)) for names, job in jobs.items()]
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn'), max_tasks_per_child=1) as pool:
+        peaks = [(*names, pool.submit(timing.measurePeak, settings, *job).result()) for names, job in jobs.items()]
     table = pd.DataFrame(peaks, columns=['stage', 'method', 'GB'])
     return table.assign(ratio=table.GB / table.groupby('stage').GB.transform('first'))
 
@@ -371,37 +329,20 @@ def _predictAnew(predict, paths):
     predict(paths, engine.makeModel())
 
 
-def _runAnew(function, *arguments):
-    """Return the result of a function that runs in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def _printProjection(ms, megabytes):
-    """Print what the medians, in ms by stage and method, and the size of a patch mean for all of BraTS 2020."""
-    cutting, step = ms['preprocessing, per patient', 'makeDataset'], ms['training step, per patch']
-    prediction = ms['prediction, per patient'].iloc[0]
-    print(f'Projected from these phantoms to {COHORT} patients and {PATCHES} patches:')
-    print(f'  patches: {COHORT * cutting / 6e4:.1f} minutes, {PATCHES * megabytes / 1e3:.1f} GB')
-    print(f'  an epoch of training: {PATCHES * step["raw patches, then Batched"] / 6e4:.1f} minutes')
-    print(f'  predicting all: {COHORT * prediction / 6e4:.1f} minutes')
-
-
 def formatTable(table):
     """Return the markdown table of `README.md`: one row per stage, its first method compared with the others.
 
     Args:
-        table: DataFrame with the columns `stage`, `method`, `ms` or `GB`, and `ratio`; NaN where a package is not
-            installed.
+        table: DataFrame with the columns `stage`, `method`, `ms` or `GB`, and `ratio`.
 
     Returns:
-        str, lines joined without a trailing newline.
+        str, without a trailing newline.
     """
     unit = 'GB' if 'GB' in table else 'ms'
     lines = [f'| stage | method, {unit} | compared with, {unit} (ratio) |', '|---|---|---|']
     for stage, rows in table.groupby('stage', sort=False):
         cells = [
-            f'{method} not installed' if math.isnan(value) else f'{method} {_round(value)} ({_round(ratio)}x)'
+            f'{method} {_round(value)} ({_round(ratio)}x)'
             for method, value, ratio in zip(rows['method'], rows[unit], rows['ratio'], strict=True)
         ]
         first = cells[0].rsplit(' (', 1)[0]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 import config
-from patients import readCase
-from recipe import autocast, precision
+from engine import autocast, precision
+from patients.reading import readCase
 
 MODALITIES = ('t1', 't1ce', 't2', 'flair')  # all four, as in its tutorial
 CROP = 128  # voxels; the tutorial's 224 x 224 x 144 need more memory than a free GPU has
@@ -24,7 +24,7 @@ def trainSegResNet(traindf, seconds):
 
     Args:
         traindf: patients to train on; their volumes are kept in memory, 0.2 GB each.
-        seconds: of training, without reading.
+        seconds: how long to train, reading not counted.
 
     Reference:
         MONAI's tutorials, 3d_segmentation/brats_segmentation_3d. Myronenko 2018, arXiv 1810.11654.
@@ -70,7 +70,7 @@ def _readNormalized(paths):
     """Return a patient's image (4, W, H, D), normalized where it is not 0, the classes, and the regions."""
     image, label = readCase(paths, MODALITIES)
     normalize = monai.transforms.NormalizeIntensity(nonzero=True, channel_wise=True)
-    regions = np.stack([np.isin(label, config.REGIONS[name]) for name in ('WT', 'TC', 'ET')]).astype(np.float32)
+    regions = np.stack([np.isin(label, config.REGIONS[name]) for name in config.MAIN_REGIONS]).astype(np.float32)
     return {'image': normalize(np.ascontiguousarray(image)), 'label': label, 'regions': regions}
 
 

@@ -62,27 +62,28 @@ def main(numPatients=4):
 
 def benchPatients(stage, df, work, folder, rounds=3):
     """Measure one stage by each backend of joblib; what it has written is removed before each call."""
-    backends = {'1 thread': ('threading', 1), '2 threads': ('threading', 2), '2 processes': ('loky', 2)}
+    backends = {
+        '1 thread': ('threading', 1),
+        '2 threads': ('threading', 2),
+        '2 processes': ('loky', 2),
+        '2 Dask workers': ('dask', 2),
+    }
 
     def run(backend, workers):
         for path in (folder / 'train.h5', folder / 'out'):
             shutil.rmtree(path, ignore_errors=True)
             path.unlink(missing_ok=True)
         config.PREPROCESS_WORKERS = workers
-        start = time.perf_counter()
         with joblib.parallel_config(backend, n_jobs=workers):
-            work()
-        return timing.Seconds(time.perf_counter() - start)
+            return timing.makeTimed(work)()
 
-    methods = {
-        name: (lambda each=each: run(*each)) for name, each in {**backends, '2 Dask workers': ('dask', 2)}.items()
-    }
+    methods = {name: functools.partial(run, *each) for name, each in backends.items()}
     return timing.measure(f'{stage}, per patient', methods, numUnits=len(df), rounds=rounds)
 
 
 def benchRanks():
     """Measure a step of training with 16 patches by one process, and by two ranks with 8 patches each."""
-    methods = {f'{number} rank{"s" * (number > 1)}': (lambda number=number: _spawnRanks(number)) for number in (1, 2)}
+    methods = {'1 rank': lambda: _spawnRanks(1), '2 ranks': lambda: _spawnRanks(2)}
     return timing.measure('training step of 16 patches', methods, rounds=3)
 
 

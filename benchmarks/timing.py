@@ -1,10 +1,8 @@
 """Measure the time and memory of methods that do the same work, and describe the machine."""
 
 import contextlib
-import io
 import os
 import platform
-import statistics
 import threading
 import time
 from importlib import metadata
@@ -27,16 +25,16 @@ def measure(stage, methods, numUnits=1, rounds=ROUNDS):
 
     Args:
         stage: what the methods do, and the unit of the times, for example 'prediction, per patient'.
-        methods: dict of name to a function without arguments, or None for a method whose package is not installed. The
-            first one is the reference. A function that returns `Seconds` is timed by itself.
-        numUnits: units of the stage that one call does.
+        methods: dict of name to a function without arguments. The first one is the reference. A function that returns
+            `Seconds` measures itself.
+        numUnits: number of units, such as patients, that one call works on.
         rounds: how often each method is timed.
 
     Returns:
         DataFrame with the columns `stage`, `method`, `ms` (median per unit) and `ratio` (to the reference in the same
-        round, median over the rounds). Both are NaN for a method that is None.
+        round, median over the rounds).
     """
-    times = {name: [] for name, method in methods.items() if method is not None}
+    times = {name: [] for name in methods}
     for number in range(rounds + 1):
         for name in times:
             start = time.perf_counter()
@@ -46,12 +44,11 @@ def measure(stage, methods, numUnits=1, rounds=ROUNDS):
                 seconds = time.perf_counter() - start
             if number > 0:
                 times[name].append(1e3 * seconds / numUnits)
-    reference, rows = next(iter(times.values())), []
-    for name in methods:
-        ms = times.get(name)
-        ratio = ms and statistics.median(value / first for value, first in zip(ms, reference, strict=True))
-        rows.append({'stage': stage, 'method': name, 'ms': ms and statistics.median(ms), 'ratio': ratio})
-    return pd.DataFrame(rows).astype({'ms': float, 'ratio': float})
+    times = pd.DataFrame(times)  # a row for each round
+    ratios = times.div(times.iloc[:, 0], axis=0)
+    table = pd.DataFrame({'ms': times.median(), 'ratio': ratios.median()}).rename_axis('method').reset_index()
+    table.insert(0, 'stage', stage)
+    return table
 
 
 def waitForDevice():
@@ -61,9 +58,9 @@ def waitForDevice():
 
 
 def timeLoader(loader, augment=None):
-    """Load batches, augment them on the device, and return the `Seconds` per sample from the second batch on.
+    """Load batches, augment them on the device, and return the `Seconds` per sample.
 
-    Starting the workers is left out: an epoch of BraTS has more than a thousand batches.
+    Time is taken from the second batch on, without the start of the workers: an epoch of BraTS has a thousand batches.
     """
     numSamples = 0
     for number, (image, label) in enumerate(loader):
@@ -96,12 +93,7 @@ class Seconds(float):
 
 
 def makeTimed(function, amount=1):
-    """Return a function that calls another one and returns its `Seconds`, divided by `amount`.
-
-    Args:
-        function: without arguments; its result is dropped.
-        amount: number of units, or fraction of one unit, that a call does.
-    """
+    """Return a function that calls another one and returns its `Seconds`, divided by the amount of work of a call."""
 
     def run():
         start = time.perf_counter()
@@ -112,33 +104,11 @@ def makeTimed(function, amount=1):
     return run
 
 
-def silence(function):
-    """Return a function that calls another one without its printing and without its result."""
-
-    def run():
-        with contextlib.redirect_stdout(io.StringIO()):
-            function()
-
-    return run
-
-
-def makeIfInstalled(make, *arguments):
-    """Return `make(*arguments)`, or None if a package that it imports is not installed."""
-    try:
-        return make(*arguments)
-    except ImportError:
-        return None
-
-
 def measurePeak(settings, function, *arguments):
-    """Return by how many GB the memory of this process grows at most while a function runs.
+    """Set some values of `config`, and return by how many GB the memory grows at most while a function runs.
 
-    The resident memory is read every 5 ms. Run it in a fresh process: memory that was released earlier may be reused
+    The resident memory is read every 5 ms. Run it in a fresh process: memory that was released before may be used again
     unseen.
-
-    Args:
-        settings: dict of values to set in `config` beforehand.
-        function: called with `*arguments`; its result is dropped.
     """
     vars(config).update(settings)
     process, isDone = psutil.Process(), threading.Event()

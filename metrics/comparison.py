@@ -31,8 +31,8 @@ def compare(tableA, tableB, by=None):
     Args:
         tableA, tableB: DataFrames of `scoreTable` or `postprocess.scoreFolder`, or a `scores.csv`, of the same patients
             by the same rule. The order of the rows does not matter.
-        by: Series or dict of patient -> group, such as `cohort.readGrades(df)` or `cohort.readSites(df)`. Each group is
-            then compared by itself. Patients that are in no table do not matter.
+        by: Series or dict of patient -> group, such as `patients.readGrades(df)` or `patients.readSites(df)`. Each
+            group is then compared by itself. Patients that are in no table do not matter.
 
     Returns:
         DataFrame with the index levels `group` (with `by`), `rule` (if the tables have it), `region` and `score`, and
@@ -72,16 +72,15 @@ def _compareScore(a, b, direction):
     differences = subtract(a, b)[~isUnscored]
     gain = differences if direction == 'higher' else -differences
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
-    hasAll = differences.size and not np.isnan(differences).any()
-    row = dict.fromkeys(('mean', 'median', 'low', 'high'), np.nan)
-    if hasAll:
+    mean = median = low = high = p = np.nan
+    if differences.size and not np.isnan(differences).any():
         with np.errstate(invalid='ignore'):  # of infinite distances
-            low, high = bootstrapMean(np.sort(differences)[:, None])
-            row = {'mean': differences.mean(), 'median': np.median(differences), 'low': low[0], 'high': high[0]}
-    row |= {'better': better, 'worse': worse, 'equal': int((gain == 0).sum()), 'p': np.nan}
-    if hasAll:
-        row['p'] = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
-    return {'betterIf': direction, **row, 'patients': len(differences), 'unscored': int(isUnscored.sum())}
+            mean, median = differences.mean(), np.median(differences)
+            [low], [high] = bootstrapMean(np.sort(differences)[:, None])
+        p = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+    row = {'betterIf': direction, 'mean': mean, 'median': median, 'low': low, 'high': high}
+    row |= {'better': better, 'worse': worse, 'equal': int((gain == 0).sum()), 'p': p}
+    return row | {'patients': len(differences), 'unscored': int(isUnscored.sum())}
 
 
 def subtract(a, b):
@@ -91,10 +90,7 @@ def subtract(a, b):
 
 
 def pairScores(tableA, tableB):
-    """Return the scores of two tables row by row for the same rule, patient and region.
-
-    Args:
-        tableA, tableB: as in `compare`.
+    """Return the scores of two tables, as `compare` takes them, row by row for the same patient and region.
 
     Returns:
         a, b: DataFrames with the same index (`rule` if the tables have it, `patient`, `region`), in the order of
@@ -130,7 +126,7 @@ def pairScores(tableA, tableB):
 
 
 def _indexed(table, name):
-    """Return a table of scores with rule, patient (as text) and region as index; raise ValueError if it has no such."""
+    """Return a table of scores indexed by rule, patient (text) and region; raise ValueError if it cannot be."""
     missing = [column for column in ('patient', 'region') if column not in table]
     if missing or table.empty:
         raise ValueError(
@@ -146,7 +142,7 @@ def _indexed(table, name):
 
 
 def _refuseDifferent(a, b, what):
-    """Raise a ValueError that names what only one of two indices has, if there is anything."""
+    """Raise a ValueError if two indices differ; it names what only one of them has."""
     onlyA, onlyB = (one[~one.isin(other)] for one, other in ((a, b), (b, a)))
     if len(onlyA) or len(onlyB):
         found = ' and '.join(

@@ -40,15 +40,7 @@ def asArray(values):
 
 
 def asPair(y, yhat, numClasses=None):
-    """Return truth and prediction as two uint8 arrays of the same shape.
-
-    Args:
-        y, yhat: tensors or arrays of any integer dtype, values 0 to `numClasses` - 1.
-        numClasses: as in `asClasses`.
-
-    Raises:
-        ValueError: if y is None, the shapes differ, or one of them does not hold classes.
-    """
+    """Return truth and prediction as `asClasses` does; raise ValueError if y is None or the shapes differ."""
     if y is None:
         raise ValueError('y is None: the patient has no true segmentation to compare with.')
     y, yhat = asClasses(y, 'y', numClasses), asClasses(yhat, 'yhat', numClasses)
@@ -66,15 +58,7 @@ def asVolumes(y, yhat, numClasses=None):
 
 
 def asSpacing(spacing, dimensions):
-    """Return the spacing as a float64 array (dimensions,) in mm.
-
-    Args:
-        spacing: mm between voxels along each axis of the arrays, in the order of the axes.
-        dimensions: number of axes.
-
-    Raises:
-        ValueError: if there is not one number per axis, or one is not finite or not above 0.
-    """
+    """Return the spacing in mm as a float64 array (dimensions,); raise ValueError unless all are finite and above 0."""
     array = np.asarray(spacing, dtype=float)
     if array.shape != (dimensions,) or not np.isfinite(array).all() or (array <= 0).any():
         raise ValueError(f'spacing is {spacing}; {dimensions} numbers above 0 were expected: mm along each axis.')
@@ -82,14 +66,7 @@ def asSpacing(spacing, dimensions):
 
 
 def boundingBox(mask):
-    """Return the slices, one per axis, of the smallest box around the nonzero voxels.
-
-    Args:
-        mask: array of any shape and dtype.
-
-    Returns:
-        tuple of slices. They have length 0 if there are no nonzero voxels.
-    """
+    """Return the slices, one per axis, of the smallest box around the nonzero voxels; empty ones if there are none."""
     box = ()
     for axis in range(mask.ndim):
         # find_objects on the whole volume makes countClasses 1.7 times slower, on one profile per axis 1.1 times
@@ -107,7 +84,7 @@ def widenBox(box, margin, shape):
 
 
 def confusionMatrix(y, yhat):
-    """Count the voxels of each pair of a true and a predicted class.
+    """Return the voxels of each pair of a true and a predicted class.
 
     Args:
         y, yhat: truth and prediction, tensors or arrays of integers of the same shape, classes 0 to 3.
@@ -134,17 +111,9 @@ def countsFromConfusion(matrix):
 
 
 def countClasses(y, yhat):
-    """Count TP, FP, FN and TN of each class, as `computeMetrics` takes them.
+    """Return TP, FP, FN, TN of each class in voxels, int64 arrays (4,), as `computeMetrics` takes them.
 
-    The counts equal those of `smp.metrics.functional.get_stats(yhat, y, mode = 'multiclass')`, summed over the images.
-
-    Args:
-        y, yhat: truth and prediction, tensors or arrays of integers of the same shape, classes 0 to 3.
-
-    Returns:
-        TP, FP, FN, TN: int64 arrays (4,), in voxels. They can be summed over patients.
-
-    Raises:
-        ValueError: if shapes, dtypes or classes are not as above.
+    They can be summed over patients. They equal those of `smp.metrics.functional.get_stats(yhat, y, mode =
+    'multiclass')`, summed over the images. Arguments and errors are those of `confusionMatrix`.
     """
     return countsFromConfusion(confusionMatrix(y, yhat))

@@ -19,12 +19,11 @@ def hausdorff95(truth, prediction, spacing=(1, 1, 1), rule='challenge'):
     """Return the 95th percentile of the distances in mm between two surfaces, the larger of both directions (HD95).
 
     'challenge' is the rule of BraTS 2020 and of MONAI. The surface is every voxel of the mask with a background voxel
-    across one of its faces; outside the volume is background. Every surface voxel weighs the same, and the percentile
-    is linearly interpolated.
+    across one of its faces; outside the volume is background. The percentile is linearly interpolated.
 
     'surface-distance' is the rule of DeepMind's package of that name, used by BraTS 2023. The surface is every corner
-    where voxels inside and outside the mask meet. A corner weighs as much as the surface area around it, and the
-    percentile is the smallest distance within which 95 % of the area lie.
+    where voxels inside and outside the mask meet. The percentile is the smallest distance within which 95 % of the
+    surface area lie.
 
     'pooled' is the rule of panoptica, used by BraTS 2026. The surface is that of 'challenge'; the percentile is taken
     once, over the distances of both directions together.
@@ -47,11 +46,7 @@ def hausdorff95(truth, prediction, spacing=(1, 1, 1), rule='challenge'):
         Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy
         (arXiv:1809.04430), for 'surface-distance'.
     """
-    truth, prediction, spacing = _asMasks(truth, prediction, spacing)
-    if rule not in config.HD95_EMPTY:
-        raise ValueError(f'rule is {rule!r}; one of {list(config.HD95_EMPTY)} was expected.')
-    if rule == 'surface-distance' and truth.ndim != 3:
-        raise ValueError(f"The masks have {truth.ndim} axes; rule = 'surface-distance' needs three.")
+    truth, prediction, spacing = _asMasks(truth, prediction, spacing, rule, list(config.HD95_EMPTY))
     if not (truth.any() and prediction.any()):
         return config.HD95_EMPTY[rule] if truth.any() or prediction.any() else 0.0
     box = boundingBox(truth | prediction)
@@ -75,28 +70,20 @@ def surfaceDice(truth, prediction, tolerance, spacing=(1, 1, 1), rule='challenge
     by both areas.
 
     Args:
-        truth, prediction: bool arrays or tensors of the same shape, three axes for 'surface-distance'. Swapping them
-            does not change the result.
+        truth, prediction, spacing: as in `hausdorff95`.
         tolerance: mm; 0 or more. Points at exactly this distance are within it.
-        spacing: mm between voxels along each axis of the arrays.
         rule: 'challenge' or 'surface-distance'.
 
     Returns:
         float, 0 to 1; 1 if both masks are empty, 0 if one is.
 
     Raises:
-        ValueError: if shapes or dtypes are not as above, the spacing does not fit, the tolerance is negative, or the
-            rule is unknown.
+        ValueError: as in `hausdorff95`; or the tolerance is negative.
 
     Reference:
-        Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy
-        (arXiv:1809.04430).
+        Nikolov et al., arXiv:1809.04430.
     """
-    truth, prediction, spacing = _asMasks(truth, prediction, spacing)
-    if rule not in ('challenge', 'surface-distance'):
-        raise ValueError(f"rule is {rule!r}; 'challenge' or 'surface-distance' was expected.")
-    if rule == 'surface-distance' and truth.ndim != 3:
-        raise ValueError(f"The masks have {truth.ndim} axes; rule = 'surface-distance' needs three.")
+    truth, prediction, spacing = _asMasks(truth, prediction, spacing, rule, ['challenge', 'surface-distance'])
     if not tolerance >= 0:
         raise ValueError(f'tolerance is {tolerance}; 0 mm or more was expected.')
     if not (truth.any() and prediction.any()):
@@ -125,14 +112,18 @@ def _within(surface, tolerance, spacing):
     return near[tuple(slice(at, at + length) for at, length in zip(reach, surface.shape, strict=True))]
 
 
-def _asMasks(truth, prediction, spacing):
-    """Return two masks as bool arrays and the spacing as an array; raise a ValueError if they do not fit."""
+def _asMasks(truth, prediction, spacing, rule, rules):
+    """Return two masks as bool arrays and the spacing as an array; raise ValueError if they or the rule do not fit."""
     truth, prediction = asArray(truth), asArray(prediction)
+    if rule not in rules:
+        raise ValueError(f'rule is {rule!r}; one of {rules} was expected.')
     if truth.shape != prediction.shape or truth.dtype != bool or prediction.dtype != bool:
         raise ValueError(
             f'truth is {truth.dtype} {truth.shape}, prediction {prediction.dtype} {prediction.shape}; two bool masks '
             'of the same shape were expected.'
         )
+    if rule == 'surface-distance' and truth.ndim != 3:
+        raise ValueError(f"The masks have {truth.ndim} axes; rule = 'surface-distance' needs three.")
     return truth, prediction, asSpacing(spacing, truth.ndim)
 
 

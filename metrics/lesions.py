@@ -1,7 +1,4 @@
-"""Separate a segmentation into lesions, match predicted lesions to the true ones and score each, by a challenge's rule.
-
-The order is that of the data: separate, remove small ones, merge, match, score.
-"""
+"""Separate lesions, remove small ones, merge, match predicted to true ones and score each, by a challenge's rule."""
 
 from typing import NamedTuple
 
@@ -60,10 +57,8 @@ def labelComponents(mask):
 def separate(mask, dilation):
     """Return the Lesions of a mask, numbered in the order in which a scan of the dilated mask meets them.
 
-    Args:
-        mask: bool, three axes.
-        dilation: iterations with 18 neighbours. The voxels in one 26-connected component of the dilated mask are one
-            lesion, so islands close to each other are one; 0: the components of the mask itself.
+    `dilation` is a number of iterations with 18 neighbours. The voxels in one 26-connected component of the dilated
+    mask (bool, three axes) are one lesion, so islands close to each other are one; 0: the components of the mask.
     """
     box = widenBox(boundingBox(mask), dilation, mask.shape)
     dilated = mask[box]
@@ -91,13 +86,9 @@ def _renumber(lesions, numbers):
 def merge(lesions, others):
     """Return Lesions in which those that touch the same lesion of another region are one.
 
-    Each lesion goes to the lowest-numbered lesion of the other region that it touches, across a face or an edge. Those
-    that go to the same one become one. A lesion that touches two connects none of their companions: merging is not
-    transitive.
-
-    Args:
-        lesions: Lesions.
-        others: arrays of the same shape, the numbers of the lesions of other regions; one after the other.
+    Each lesion goes to the lowest-numbered lesion of the other region that it touches, across a face or an edge, and
+    those that go to the same one become one: merging is not transitive. `others` are the numbers of the lesions of
+    other regions, arrays of the same shape, merged by one after the other.
     """
     groups = np.arange(len(lesions.sizes) + 1)
     for other in others if np.count_nonzero(lesions.sizes) > 1 else ():
@@ -134,11 +125,9 @@ def keptPrediction(mask, region):
 
 
 def _separateRegions(y, yhat, rule):
-    """Return, for each region that a rule scores, its Lesions in truth and prediction, removed and merged.
+    """Return the Lesions of each region that a rule scores in truth and prediction (classes, uint8 (W, H, D)).
 
-    Args:
-        y, yhat: classes, uint8 (W, H, D).
-        rule: Rule.
+    Small ones are removed and others merged, as the rule says: name -> [Lesions, Lesions].
     """
     pairs = {}
     for name, region in rule.allRegions().items():
@@ -160,18 +149,15 @@ def _separateRegions(y, yhat, rule):
 
 
 def matchLesions(truth, prediction, spacing=(1, 1, 1)):
-    """Separate the true lesions of a region and match the predicted components to them, by the rules of BraTS 2023.
+    """Return the Match of the true lesions and the predicted components of a region by the rules of BraTS 2023.
 
     The truth is dilated 3 times with 18 neighbours. The true voxels inside one 26-connected component of the result are
-    one lesion, so islands close to each other are one lesion. The prediction is separated into 26-connected components
-    without dilation. A component matches every lesion whose dilation it touches.
+    one lesion. The prediction is separated into 26-connected components without dilation. A component matches every
+    lesion whose dilation it touches.
 
     Args:
         truth, prediction: bool arrays of the same shape, three axes.
         spacing: mm between voxels along each axis.
-
-    Returns:
-        Match.
     """
     rule = RULES['BraTS2023']
     region = rule.regions['WT']
@@ -229,9 +215,9 @@ def scoreLesions(y, yhat, spacing=(1, 1, 1), rule='BraTS2023'):
     Returns:
         DataFrame with the rows `WT`, `TC`, `ET` ('BraTS2024', 'BraTS2026': also `NETC`, `SNFH`, `RC`) and the columns
         `dice` (0 to 1) and `hd95` (mm), means over the scored lesions and the false positives; `missed`, the number of
-        false negatives; `falsePositive`, the number of false positives; from 2024 on `nsd0.5` and `nsd1.0` (0 to 1), or
-        one of them: the surface Dice at that tolerance in mm. With neither a scored lesion nor a false positive, Dice
-        and NSD are 1 and HD95 is 0.
+        false negatives; `falsePositive`, that of false positives; from 2024 on `nsd0.5` and `nsd1.0` (0 to 1), in 2026
+        only the second: the surface Dice at that tolerance in mm. With neither a scored lesion nor a false positive,
+        Dice and NSD are 1 and HD95 is 0.
 
         By 'BraTS2026' the means cover the pairs of a true and a predicted lesion only. Further columns: `found`, the
         number of pairs; `precision`, `sensitivity` and `f1` of the lesions; `pq`, Dice times F1; `diceStd`, `hd95Std`,
@@ -263,24 +249,21 @@ def scoreLesions(y, yhat, spacing=(1, 1, 1), rule='BraTS2023'):
 
 def _scoreMatch(match, spacing, rule):
     """Return the scores of one region, name -> number: those of `scoreLesions` and `found`, how many were matched."""
-    scores = _scorePairs(match, spacing, rule)  # (found, scores)
-    found = len(scores)
-    missed = int((match.isScored & ~match.isMatched.any(1)).sum())
+    isFound = match.isMatched.any(1)
+    missed = int((match.isScored & ~isFound).sum())
     falsePositive = int(((match.componentSizes > 0) & ~match.isMatched.any(0)).sum())
-    counts = {'missed': missed, 'falsePositive': falsePositive, 'found': found}
     names = ['dice', 'hd95', *(f'nsd{limit}' for limit in rule.lesionTolerances)]
-    best = {name: 0.0 if name == 'hd95' else 1.0 for name in names}
+    pairs = _scorePairs(match, spacing, rule)
+    counts = {'missed': missed, 'falsePositive': falsePositive, 'found': len(pairs)}
+    scores, total = dict(zip(names, pairs.T, strict=True)), sum(counts.values())  # name -> (found,)
     if rule.isMeanOverPairs:
-        return _averagePairs(dict(zip(names, scores.T, strict=True)), counts) | {
-            'volumeMatched': _meanVolume(match, spacing) if found else np.nan
-        }
-    total = found + missed + falsePositive
+        volume = match.lesionSizes[isFound].mean() * np.prod(spacing) / 1000 if len(pairs) else np.nan  # ml
+        return _averagePairs(scores, **counts) | {'volumeMatched': volume}
     if not total:
-        return best | counts
-    worst = {name: rule.penalty if name == 'hd95' else 0.0 for name in names}
+        return {name: float(name != 'hd95') for name in names} | counts
+    worst = dict.fromkeys(names, 0.0) | {'hd95': rule.penalty}
     return {
-        name: (sum(values) + (missed + falsePositive) * worst[name]) / total
-        for name, values in zip(names, scores.T, strict=True)
+        name: (sum(values) + (missed + falsePositive) * worst[name]) / total for name, values in scores.items()
     } | counts
 
 
@@ -301,33 +284,22 @@ def _scorePairs(match, spacing, rule):
     return np.array(scores).reshape(len(scores), 2 + len(rule.lesionTolerances))
 
 
-def _averagePairs(scores, counts):
-    """Return means and deviations over the pairs, and precision, sensitivity, F1 and panoptic quality of the lesions.
-
-    Args:
-        scores: name -> the scores (P,) of the pairs.
-        counts: numbers of `found`, `missed` and `falsePositive` lesions.
-    """
-    found, missed, falsePositive = counts['found'], counts['missed'], counts['falsePositive']
+def _averagePairs(scores, found, missed, falsePositive):
+    """Return means and deviations of the pairs' scores (name -> (P,)), the counts, and the scores of the counts."""
     isEmpty = not found + missed + falsePositive
     if found:
         means = {name: values.mean() for name, values in scores.items()}
     else:
         means = {name: np.nan if isEmpty else np.inf if name == 'hd95' else 0.0 for name in scores}
     f1 = np.nan if isEmpty else found / (found + falsePositive / 2 + missed / 2)
-    return (
-        means
-        | counts
-        | {
-            'precision': found / (found + falsePositive) if found + falsePositive else np.nan,
-            'sensitivity': found / (found + missed) if found + missed else np.nan,
-            'f1': f1,
-            'pq': means['dice'] * f1,
-        }
-        | {f'{name}Std': values.std() if found else np.nan for name, values in scores.items()}
-    )
-
-
-def _meanVolume(match, spacing):
-    """Return the mean volume in ml of the true lesions that have a match."""
-    return match.lesionSizes[match.isMatched.any(1)].mean() * np.prod(spacing) / 1000
+    return {
+        **means,
+        'missed': missed,
+        'falsePositive': falsePositive,
+        'found': found,
+        'precision': found / (found + falsePositive) if found + falsePositive else np.nan,
+        'sensitivity': found / (found + missed) if found + missed else np.nan,
+        'f1': f1,
+        'pq': means['dice'] * f1,
+        **{f'{name}Std': values.std() if found else np.nan for name, values in scores.items()},
+    }

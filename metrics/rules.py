@@ -36,11 +36,10 @@ class Rule:
         helpers: regions that are not scored; others are merged by them.
         hd95: rule of `hausdorff95`.
         ownPenalty: mm; None: the penalty is that of the rule `hd95`, in `config.HD95_EMPTY`.
-        isPredictionDilated: predicted lesions are separated with the region's dilation, as true ones; else the
-            predicted components.
-        isOneToOne: each true lesion is paired with at most one predicted lesion, each predicted one with at most one
-            true one, so that the sum of the pairs' Dice is largest. Else a lesion has all predicted lesions that touch
-            its dilation.
+        isPredictionDilated: predicted lesions are separated with the region's dilation, as true ones are; else they are
+            the predicted components.
+        isOneToOne: a true lesion is paired with one predicted lesion at most, and the reverse, so that the sum of the
+            pairs' Dice is largest. Else a true lesion has all predicted lesions that touch its dilation.
         isMeanOverPairs: the mean covers the pairs only; else false negatives and false positives count with Dice 0 and
             the penalty.
         isEmptyScored: a region empty in truth and prediction has Dice 1, NSD 1 and HD95 0; else NaN.
@@ -89,16 +88,12 @@ class Rule:
         return np.isin(np.arange(self.numClasses()), self.allRegions()[name].classes)
 
 
-_OF_2026 = {'WT': (1, 2, 3), 'TC': (1, 3), 'ET': (3,), 'NETC': (1,), 'SNFH': (2,), 'RC': (4,)}
+_CLASSES = {'WT': (1, 2, 3), 'TC': (1, 3), 'ET': (3,), 'NETC': (1,), 'SNFH': (2,), 'RC': (4,)}
 
 RULES = {
     'BraTS2020': Rule(None, hd95='challenge'),
     'BraTS2023': Rule(  # GLI and SSA
-        {
-            'WT': Region((1, 2, 3), dilation=3, smallestTrue=50),
-            'TC': Region((1, 3), dilation=3, smallestTrue=50),
-            'ET': Region((3,), dilation=3, smallestTrue=50),
-        }
+        {name: Region(_CLASSES[name], dilation=3, smallestTrue=50) for name in ('WT', 'TC', 'ET')}
     ),
     'BraTS2024': Rule(  # GLI of 2024 and 2025
         {
@@ -126,7 +121,7 @@ RULES = {
         lesionTolerances=(0.5, 1.0),
     ),
     'BraTS2026': Rule(
-        {name: Region(classes) for name, classes in _OF_2026.items()},
+        {name: Region(classes) for name, classes in _CLASSES.items()},
         hd95='pooled',
         isOneToOne=True,
         isMeanOverPairs=True,
@@ -139,14 +134,11 @@ RULES = {
 
 
 def findRule(name, isLesionWise=False):
-    """Return the Rule of a name.
-
-    Args:
-        name: key of `RULES`.
-        isLesionWise: whether lesion-wise scores are asked for.
+    """Return the Rule of a name in `RULES`.
 
     Raises:
-        ValueError: if there is no such rule, it has no lesion-wise scores, or it has classes that `config` has not.
+        ValueError: there is no such rule, it has no lesion-wise scores but `isLesionWise` asks for them, or it has
+            classes that `config` does not have.
     """
     known = [other for other, rule in RULES.items() if not isLesionWise or rule.regions]
     if name not in known:

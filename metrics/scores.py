@@ -18,8 +18,8 @@ _BATCH = 100  # bootstrap resamples drawn at once; bounds the memory
 def computeMetrics(TP, FP, FN, TN):
     """Print and return the micro average of the scores of the three tumor classes.
 
-    A micro average pools the voxels of all patients, as if they were one patient. A patient with a large tumor weighs
-    more than one with a small tumor, and Dice = 2 P R / (P + R), IoU = Dice / (2 - Dice) always hold.
+    A micro average pools the voxels of all patients: large tumors weigh more than small ones, and Dice = 2 P R / (P +
+    R), IoU = Dice / (2 - Dice) always hold.
 
     Args:
         TP, FP, FN, TN: voxels of each class, shape (4,), tensors or arrays of whole numbers. Class 0 is counted but not
@@ -58,15 +58,13 @@ def _scoreCounts(TP, FP, FN, TN):
 def compareAverages(predictions):
     """Return the five scores of `computeMetrics` as micro average, and as macro averages over patients and slices.
 
-    The three differ because they weigh differently. In the micro average every voxel weighs the same, so large tumors
-    dominate. In the macro average over patients every patient weighs the same, so small tumors, which are harder, lower
-    the mean. In the macro average over slices every slice weighs the same, so the many slices without a class, in truth
-    and prediction, score 1 and raise the mean.
+    In the micro average every voxel weighs the same, so large tumors dominate. In the macro average over patients every
+    patient does, so small tumors, which are harder, lower the mean. In the macro average over slices every slice does,
+    so the many slices without a class, in truth and prediction, score 1 and raise the mean.
 
     Args:
-        predictions: dict of patient to (y, yhat), or an iterable of such pairs. A generator that predicts one patient
-            after the other keeps the memory small: only counts are stored. The first axis of y and yhat is the slice,
-            as in `engine.predict`.
+        predictions: dict of patient to (y, yhat), or an iterable of such pairs; of a generator only counts are stored.
+            The first axis of y and yhat is the slice, as in `engine.predict`.
 
     Returns:
         DataFrame with the index levels `average` ('micro average (pooled voxels)', 'macro average over patients',
@@ -78,20 +76,18 @@ def compareAverages(predictions):
         ValueError: if there are no patients, or shapes, dtypes or classes are not as above.
     """
     pairs = predictions.values() if hasattr(predictions, 'values') else predictions
-    pooled, sums, numUnits = 0, {'patients': 0, 'slices': 0}, {'patients': 0, 'slices': 0}
+    units = {'patients': [], 'slices': []}  # confusion matrices
     for y, yhat in pairs:
-        slices = np.stack([confusionMatrix(*pair) for pair in zip(*asVolumes(y, yhat), strict=True)])  # (D, 4, 4)
-        patient = slices.sum(0, keepdims=True)
-        pooled = pooled + patient[0]
-        for unit, matrices in (('patients', patient), ('slices', slices)):
-            sums[unit] = sums[unit] + _scoreUnits(matrices).sum(0)
-            numUnits[unit] += len(matrices)
-    if not numUnits['patients']:
+        slices = [confusionMatrix(*pair) for pair in zip(*asVolumes(y, yhat), strict=True)]
+        units['patients'].append(sum(slices))
+        units['slices'] += slices
+    if not units['patients']:
         raise ValueError('No predictions to score; at least one patient was expected.')
-    micro = _scoreCounts(*countsFromConfusion(pooled))
+    micro = _scoreCounts(*countsFromConfusion(sum(units['patients'])))
     tables = {'micro average (pooled voxels)': micro}
-    for unit in sums:
-        tables[f'macro average over {unit}'] = dict(zip(micro, (sums[unit] / numUnits[unit]).T, strict=True))
+    for unit, matrices in units.items():
+        scores = _scoreUnits(np.stack(matrices)).mean(0)
+        tables[f'macro average over {unit}'] = dict(zip(micro, scores.T, strict=True))
     index = pd.Index(config.CLASS_NAMES, name='class')
     return pd.concat({name: pd.DataFrame(table, index)[1:] for name, table in tables.items()}, names=['average'])
 
@@ -116,28 +112,23 @@ def scorePatient(y, yhat, spacing=(1, 1, 1), rule='BraTS2020'):
             be passed as they are.
         spacing: mm between voxels along each axis of the arrays.
         rule: 'BraTS2020', 'BraTS2023', 'BraTS2024' (GLI of 2024 and 2025), 'BraTS2024-SSA' (BraTS-Africa of both years)
-            or 'BraTS2026'. From 2023 on three axes are needed. From 2023 to 2025 the challenges rank by
-            `metrics.scoreLesions`.
+            or 'BraTS2026'. From 2023 on three axes are needed.
 
     Returns:
         DataFrame with the rows `WT`, `TC`, `ET`, `NCR`, `ED` (of other rules: those of `metrics.scoreLesions`) and the
         columns `dice`, `sensitivity`, `specificity`, `precision` (0 to 1), `hd95` (mm, see `hausdorff95`),
-        `volumeTruth`, `volumePredicted` (ml), from 2024 on `nsd0.5` and `nsd1.0` (0 to 1), or the first of them: the
+        `volumeTruth`, `volumePredicted` (ml), from 2024 on `nsd0.5` and `nsd1.0` (0 to 1), in 2026 only the first: the
         surface Dice at that tolerance in mm. A region empty in truth and prediction has Dice, NSD, sensitivity and
-        precision 1 and HD95 0. A region empty in one of them has Dice, NSD, sensitivity and precision 0 and the HD95 of
-        the rule: 373.12866, 374 ('BraTS2023', 'BraTS2024-SSA'), 337 ('BraTS2024') or 373 mm. A region that fills the
-        volume has specificity 1. No score is NaN.
-
-        'BraTS2024' and 'BraTS2024-SSA' remove small predicted lesions first, each region for itself, and
-        `volumePredicted` is what is left. By 'BraTS2026' a region without a common voxel has Dice and NSD 0 and HD95
-        373 mm, and a region empty in truth and prediction has no score: NaN.
+        precision 1 and HD95 0; by 'BraTS2026' it has no score (NaN). A region empty in one of them has Dice, NSD,
+        sensitivity and precision 0 and the HD95 of the rule: 373.12866, 374 ('BraTS2023', 'BraTS2024-SSA'), 337
+        ('BraTS2024') or 373 mm; by 'BraTS2026' so does one without a common voxel. 'BraTS2024' and 'BraTS2024-SSA'
+        first remove small predicted lesions, in each region for itself, also from `volumePredicted`.
 
     Raises:
         ValueError: if shapes, dtypes or classes are not as above, the spacing does not fit, or the rule is unknown.
 
     Reference:
-        Bakas et al., arXiv:1811.02629, section on evaluation. The rules for empty regions of 2020 are those of the
-        challenge's evaluation platform; for later years see `metrics.scoreLesions`.
+        Bakas et al., arXiv:1811.02629, section on evaluation; for later years see `metrics.scoreLesions`.
     """
     rule = findRule(rule)
     y, yhat = (asPair if rule.hd95 == 'challenge' else asVolumes)(y, yhat, rule.numClasses())
@@ -154,12 +145,7 @@ def scorePatient(y, yhat, spacing=(1, 1, 1), rule='BraTS2020'):
 
 
 def _scoreRegion(truth, prediction, numVoxels, spacing, rule):
-    """Return the scores of one region, name -> number.
-
-    Args:
-        truth, prediction: bool arrays of the same shape, cut out of a volume around both.
-        numVoxels: of the whole volume.
-    """
+    """Return the scores of one region, name -> number, from masks cut out of a volume of `numVoxels` around both."""
     TP = np.count_nonzero(truth & prediction)
     FN, FP = np.count_nonzero(truth) - TP, np.count_nonzero(prediction) - TP
     TN = numVoxels - TP - FN - FP
@@ -185,14 +171,13 @@ def _scoreRegion(truth, prediction, numVoxels, spacing, rule):
 
 
 def scoreTable(scores):
-    """Return the scores of many patients as one long table.
+    """Return the tables of many patients as one, with a row per patient and region.
 
     Args:
         scores: dict of patient to the table of `scorePatient`, or to that of `scoreLesions`.
 
     Returns:
-        DataFrame with one row per patient and region, and the columns `patient`, `region` and those of the tables, in
-        the same units (mm, ml).
+        DataFrame with the columns `patient`, `region` and those of the tables.
 
     Raises:
         ValueError: if there are no patients.
@@ -205,9 +190,8 @@ def scoreTable(scores):
 def summarize(table):
     """Return mean, median, standard deviation and the interval of the mean over patients, per region and score.
 
-    The interval shows how much the mean depends on which patients were scored. It is a percentile bootstrap with
-    `config.BOOTSTRAP_RESAMPLES` resamples at the level `config.CONFIDENCE`, seeded by `config.SEED`. The order of the
-    patients does not matter.
+    The interval is a percentile bootstrap over the patients with `config.BOOTSTRAP_RESAMPLES` resamples at the level
+    `config.CONFIDENCE`, seeded by `config.SEED`. The order of the patients does not matter.
 
     Args:
         table: DataFrame returned by `scoreTable`, or by `postprocess.scoreFolder` with the column `rule`.
@@ -215,10 +199,10 @@ def summarize(table):
     Returns:
         DataFrame with the index levels `rule` (if the table has it), `region` and `score` and the columns `mean`,
         `median`, `std` (n - 1 in the denominator; NaN for one patient), `low`, `high` (the interval), all in the unit
-        of the score (0 to 1, mm, ml), and `patients`. If the table has volumes, `emptyTruth` counts the
-        patients without the region in the truth, and `emptyBoth` those without it in truth and prediction. No patient
-        is left out: a NaN in the table makes the summary of that score NaN. A score that a rule does not have, NaN in
-        all its rows, has no summary. With an infinite HD95 the mean is infinite and the deviation NaN.
+        of the score (0 to 1, mm, ml), and `patients`. If the table has volumes, `emptyTruth` counts the patients
+        without the region in the truth, and `emptyBoth` those without it in truth and prediction. A NaN in the table
+        makes the summary of that score NaN. A score that a rule does not have, NaN in all its rows, has no summary.
+        With an infinite HD95 the mean is infinite and the deviation NaN.
 
     Raises:
         ValueError: if the table has no rows.
@@ -228,9 +212,8 @@ def summarize(table):
     """
     if table.empty:
         raise ValueError('The table has no rows; at least one patient was expected.')
-    summaries = {}
-    levels = ['rule', 'region'] if 'rule' in table else ['region']
-    for keys, part in table.groupby(levels if 'rule' in table else 'region', sort=False):
+    summaries, levels = {}, [level for level in ('rule', 'region') if level in table]
+    for keys, part in table.groupby(levels, sort=False):
         scores = part.drop(columns=['patient', *levels])
         if 'rule' in table:  # without the scores that this rule does not have
             scores = scores[scores.columns[table.loc[table['rule'] == keys[0], scores.columns].notna().any()]]

@@ -2,10 +2,8 @@
 
 from pictures.calibration import countCalibration, plotCalibration
 from pictures.charts import plotCohort, plotConfusion, plotCurves, plotVolumes
-from pictures.estimates import plotQuality
 from pictures.gifs import makeGifs
-from pictures.scans import plotScans
-from pictures.scores import plotComparison, plotScores
+from pictures.scores import plotComparison, plotQuality, plotScores
 from pictures.slices import plotCases, plotModalities, plotPlanes, plotPrediction, plotSample, plotTransforms
 from pictures.viewer import viewPatient
 
@@ -23,7 +21,6 @@ __all__ = [
     'plotPrediction',
     'plotQuality',
     'plotSample',
-    'plotScans',
     'plotScores',
     'plotTransforms',
     'plotVolumes',

@@ -20,9 +20,8 @@ def countCalibration(probability, y, bins=10):
 
     Returns:
         float64 (3, 3 tumor classes, bins + 1): the number of voxels, the sum of their probabilities, and how many of
-        them have the class in truth. The first columns count, for each class, the voxels that have it in truth, or a
-        probability of it beyond the first bin. The last column counts all others. So every voxel beyond the first bin
-        is counted, whatever the truth, and the first bin is not flooded by what is far from the class.
+        them have the class in truth. The last column holds the voxels of the first bin that do not have the class in
+        truth: they are most of the volume, and left out of the calibration. All others are in the column of their bin.
 
     Raises:
         ValueError: the shapes or classes are not as above, or the values are not probabilities.
@@ -48,8 +47,8 @@ def countCalibration(probability, y, bins=10):
 def plotCalibration(counts):
     """Draw the calibration curves: how often a class is there against the probability that the model predicts.
 
-    Voxels far from a class in truth and for the model are left out, see `countCalibration`: they are most of the volume
-    and would make any model look calibrated. A line below the figure says how many they are.
+    The last column of `countCalibration` is left out: these voxels would make any model look calibrated. A line below
+    the figure says how many they are.
 
     Args:
         counts: sum of `countCalibration` over patients, or a list of its results, which are summed.

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 import config
 from pictures.dots import BLUE, GREY, ORANGE, drawDots, makeDot, scaleAxis, spreadDots
-from pictures.figure import BELOW, MAIN_REGIONS, cautionText, countText, newFigure, requireColumns
+from pictures.figure import BELOW, countText, newFigure, requireColumns
 
 GRADE_COLORS = {'HGG': BLUE, 'LGG': '#E69F00', 'unknown': '#BBBBBB'}
 
@@ -21,7 +21,7 @@ def plotCohort(table):
     """Draw a cohort: the number of patients of each edition and grade, and the volumes of each class.
 
     Args:
-        table: DataFrame of `cohort.describeCohort`, one row per patient: `edition`, `grade`, `subject` and the ml of
+        table: DataFrame of `patients.describeCohort`, one row per patient: `edition`, `grade`, `subject` and the ml of
             each class.
 
     Returns:
@@ -43,7 +43,7 @@ def plotCohort(table):
             style = {'color': '#444444', 'linewidth': 1}
             style = {'showfliers': False, 'showcaps': False, 'whis': 0, 'medianprops': style, 'boxprops': style}
             panel.boxplot(own, positions=[place], widths=0.72, **style)
-        drawDots(panel, place + spreadDots(scale(own)), own, own == 0, config.CLASS_COLORS[place + 1], edge='#555555')
+        drawDots(panel, place + spreadDots(scale(own)), own, config.CLASS_COLORS[place + 1], own == 0, edge='#555555')
     panel.set_xticks(range(len(names)), [f'{name}\n{(volumes[name] == 0).sum()} have none' for name in names])
     panel.set(xlim=(-0.6, len(names) - 0.4), ylabel='volume (ml)')
     panel.set_title(f'Volumes of {countText(len(volumes))} with a segmentation', fontsize=10)
@@ -78,13 +78,14 @@ def _drawEditions(panel, counts):
 
 
 def plotCurves(history):
-    """Draw the learning curves, and mark the epoch to predict with and the drops of a rate that falls in steps.
+    """Draw the learning curves, with the epoch to predict with and the drops of a learning rate that falls in steps.
 
-    Marked is the last epoch, or the one with the lowest validation loss, as `config.RESULT_CHECKPOINT` says.
+    The epoch to predict with is the last one, or that of the lowest validation loss, as `config.RESULT_CHECKPOINT`
+    says.
 
     Args:
         history: DataFrame of `checkpoints.readHistory`, one row per epoch: `epoch` (from 1), `trainLoss`, `valLoss`
-            (mean per patch) and, optionally, `learnRate` and `diceWT`, `diceTC`, `diceET`.
+            (mean per patch) and, optionally, `learnRate` (after the epoch) and `diceWT`, `diceTC`, `diceET`.
 
     Returns:
         matplotlib Figure: the losses, on a logarithmic scale if they fall by more than a factor of 10; and the Dice of
@@ -93,13 +94,8 @@ def plotCurves(history):
     Raises:
         ValueError: the history has no epoch or lacks a column.
     """
-    missing = {'epoch', 'trainLoss', 'valLoss'} - set(history)
-    if missing or len(history) == 0:
-        raise ValueError(
-            f'The history has {len(history)} epochs and lacks the columns {sorted(missing) or "none"}; '
-            'at least one epoch and the columns epoch, trainLoss, valLoss were expected.'
-        )
-    regions = [region for region in MAIN_REGIONS if f'dice{region}' in history]
+    requireColumns(history, ['epoch', 'trainLoss', 'valLoss'])
+    regions = [region for region in config.MAIN_REGIONS if f'dice{region}' in history]
     figure = newFigure(10.5 if regions else 7, 4)
     panel, *others = figure.subplots(1, 2 if regions else 1, squeeze=False)[0]
     style = {'marker': '.' if len(history) < 40 else None}
@@ -130,7 +126,10 @@ def plotCurves(history):
 
 
 def _markDrops(panel, epochs, rates):
-    """Draw a line where the learning rate is lower than in the epoch before, with the new rate; not if it always is."""
+    """Draw a line at each epoch after which the learning rate fell, with the new rate.
+
+    No line is drawn for a decay, a rate that falls after more than half of the epochs.
+    """
     if (np.diff(rates) < 0).sum() > len(rates) / 2:
         return
     style = {'rotation': 90, 'fontsize': 8, 'color': '#777777', 'ha': 'right', 'va': 'top'}
@@ -170,7 +169,7 @@ def plotVolumes(table):
         for axis in (panel.xaxis, panel.yaxis):
             scaleAxis(axis, volumes)
         text = _drawAgreement(panel, pairs, np.nanmax(volumes))
-        drawDots(panel, *pairs.T, (pairs == 0).any(1), BLUE if region in MAIN_REGIONS else GREY)
+        drawDots(panel, *pairs.T, BLUE if region in config.MAIN_REGIONS else GREY, (pairs == 0).any(1))
         panel.set(xlabel='true volume (ml)', ylabel='predicted volume (ml)', box_aspect=1)
         panel.set_title(f'{region}: {text}', fontsize=8)
     for panel in panels[len(regions) :]:
@@ -180,9 +179,7 @@ def plotVolumes(table):
     texts = ['a patient', '0 ml in truth or prediction', 'prediction equals truth']
     texts.append('limits of agreement:\nmean difference (predicted\nminus true) ± 1.96 SD')
     panels[-1].legend(handles, texts, frameon=False, fontsize=9, loc='center')
-    number = table['patient'].nunique()
-    caution = cautionText(number, 'the limits say little')
-    figure.suptitle(f'Volumes of {countText(number)}{caution}', fontsize=11)
+    figure.suptitle(f'Volumes of {countText(table["patient"].nunique(), "the limits say little")}', fontsize=11)
     return figure
 
 
@@ -221,7 +218,7 @@ def plotConfusion(matrix):
     if matrix.shape != (config.NO_CLASSES,) * 2 or (matrix < 0).any() or not matrix.any():
         raise ValueError(
             f'The counts have the shape {stack.shape}, the minimum {stack.min(initial=0)} and the sum {stack.sum()}; '
-            'counts (4, 4) of 0 or more with a sum above 0 were expected.'
+            f'counts {(config.NO_CLASSES,) * 2} of 0 or more with a sum above 0 were expected.'
         )
     totals = matrix.sum(1, keepdims=True)
     fractions = np.divide(matrix, totals, out=np.full(matrix.shape, np.nan), where=totals > 0)

@@ -24,8 +24,9 @@ def makeDot(color, isHollow=False, edge=None):
     return Line2D([], [], **style)
 
 
-def drawDots(panel, x, y, isHollow, color, edge=None):
+def drawDots(panel, x, y, color, isHollow=None, edge=None):
     """Draw a dot for each pair of x and y (n,), labelled `full` or, where `isHollow` (n,) is True, `hollow`."""
+    isHollow = np.zeros(len(x), bool) if isHollow is None else isHollow
     for label, mask in (('full', ~isHollow), ('hollow', isHollow)):
         dots = makeDot(color, label == 'hollow', edge)
         dots.set(xdata=np.asarray(x)[mask], ydata=np.asarray(y)[mask], label=label, clip_on=False, zorder=2.5)

@@ -8,11 +8,11 @@ from matplotlib.patheffects import withStroke
 
 import config
 from metrics.counts import boundingBox
+from patients.editions import CAVITY
 
-MAIN_REGIONS = ('WT', 'TC', 'ET')  # the regions that the challenge ranks by
 BELOW = {'loc': 'outside lower center', 'frameon': False, 'fontsize': 8}  # place and style of a figure's legend
 OPACITY = 0.6  # of a class over the image: the anatomy stays visible below it
-FEW_PATIENTS = 10  # with fewer, the title of a chart of scores has a warning
+FEW_PATIENTS = 10  # with fewer, the title of a chart of scores says that it tells little
 
 
 class _NotebookFigure(Figure):
@@ -37,9 +37,7 @@ def unpackPrediction(x, y, yhat):
     """Return what is drawn of a prediction.
 
     Args:
-        x: float (D, C, W, H), tensor or array.
-        y: integer (D, W, H), classes 0 to 3, or None.
-        yhat: integer (D, W, H), classes 0 to 3.
+        x, y, yhat: as `engine.predict` returns them, tensors or arrays; `y` may be None.
 
     Returns:
         volume: (D, W, H), the modality that is shown.
@@ -74,8 +72,8 @@ def shownChannel(numChannels):
 
 
 def mainRegions():
-    """Return those of `MAIN_REGIONS` that `config.REGIONS` has."""
-    return [name for name in MAIN_REGIONS if name in config.REGIONS]
+    """Return those of `config.MAIN_REGIONS` that `config.REGIONS` has."""
+    return [name for name in config.MAIN_REGIONS if name in config.REGIONS]
 
 
 def foreground(volume):
@@ -141,14 +139,10 @@ def markSides(panel, up='front', right='R'):
     panel.text(0.98, 0.5, right, ha='right', va='center', **style)
 
 
-def countText(number):
-    """Return a number of patients in words."""
-    return f'{number} patient' if number == 1 else f'{number} patients'
-
-
-def cautionText(numPatients, statement):
-    """Return the end of a title that warns of few patients; '' for `FEW_PATIENTS` or more."""
-    return f' (so few that {statement})' if numPatients < FEW_PATIENTS else ''
+def countText(number, caution=None):
+    """Return a number of patients in words; a caution, if given, follows where they are fewer than `FEW_PATIENTS`."""
+    text = f'{number} patient' if number == 1 else f'{number} patients'
+    return f'{text} (so few that {caution})' if caution and number < FEW_PATIENTS else text
 
 
 def requireColumns(table, columns):
@@ -159,3 +153,13 @@ def requireColumns(table, columns):
             f'The table has {len(table)} rows and lacks the columns {missing or "none"}; '
             f'at least one row and the columns {list(columns)} were expected.'
         )
+
+
+def classNames():
+    """Return the names of the classes; with four classes, that of the resection cavity (4) too."""
+    return [*config.CLASS_NAMES, *([config.CAVITY_CLASS[0]] if config.NO_CLASSES == CAVITY else [])]
+
+
+def classColors():
+    """Return the colors of the classes, '#RRGGBB'; with four classes, that of the resection cavity (4) too."""
+    return [*config.CLASS_COLORS, *([config.CAVITY_CLASS[1]] if config.NO_CLASSES == CAVITY else [])]

@@ -42,11 +42,11 @@ def makeGifs(x, y, yhat, folder, name='patient', views=('axial',)):
         raise ValueError(f'The views {list(views)} were given; any of {list(VIEWS)} were expected.')
     volume, modality, shown = unpackPrediction(x, y, yhat)
     brain = foreground(volume)
-    mask = brain.copy()
-    for classes in shown.values():
-        mask |= classes > 0
+    mask = brain | np.any([classes > 0 for classes in shown.values()], axis=0)
     box = cropBox(mask, margin=0)
-    grey = _toGrey(volume[box], displayWindow(volume, brain))
+    low, high = displayWindow(volume, brain)
+    scale = _greyLevels() / (high - low)
+    grey = np.clip((volume[box] - low) * scale, 0, _greyLevels() - 1).astype(np.uint8)
     # the palette has all greys for each class, so one byte holds both
     panels = {modality: grey}
     panels |= {name: grey + _greyLevels() * classes[box].astype(np.uint8) for name, classes in shown.items()}
@@ -66,12 +66,6 @@ def makeGifs(x, y, yhat, folder, name='patient', views=('axial',)):
 def _greyLevels():
     """Return the number of greys; 64 instead of 32 look no better and make the file a fifth larger."""
     return min(32, 256 // config.NO_CLASSES)
-
-
-def _toGrey(volume, window):
-    """Return a volume as grey levels, uint8."""
-    scale = _greyLevels() / (window[1] - window[0])
-    return np.clip((volume - window[0]) * scale, 0, _greyLevels() - 1).astype(np.uint8)
 
 
 def _palette():
@@ -111,5 +105,5 @@ def _writeGif(frames, file):
     # the palette has no color twice: Pillow looks for an index of its own for each, which takes 40 ms per frame
     options = {'palette': _palette().tobytes(), 'duration': 80, 'loop': 0, 'optimize': False, 'disposal': 1}
     content = imageio.v3.imwrite('<bytes>', frames, extension='.gif', plugin='pillow', is_batch=True, **options)
-    with writeAtomically(file) as part:
-        part.write_bytes(content)
+    with writeAtomically(file) as temporary:
+        temporary.write_bytes(content)

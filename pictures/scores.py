@@ -1,14 +1,16 @@
-"""Draw the scores of patients, and how those of two models differ. A dot is a patient."""
+"""Draw the scores of patients, how those of two models differ, and estimates of them. A dot is a patient."""
 
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 import config
 from metrics import compare, pairScores, summarize
 from metrics.comparison import subtract
 from metrics.rules import RULES
 from pictures.dots import BLUE, GREY, ORANGE, drawDots, makeDot, scaleAxis, spreadDots
-from pictures.figure import BELOW, MAIN_REGIONS, cautionText, countText, newFigure, requireColumns
+from pictures.figure import BELOW, countText, newFigure, requireColumns
+from postprocess.quality import summarizeQuality
 
 _WORDS = {'dice': 'Dice', 'hd95': 'HD95'}
 
@@ -23,8 +25,8 @@ def plotScores(table):
 
     Returns:
         matplotlib Figure. Mean and interval are those of `metrics.summarize`. They include the HD95 that stands for an
-        empty mask, which a line marks; an infinite one is drawn on that line. Patients to whom the rule gives no score
-        are counted below their region. With fewer than ten patients the title says that the interval says little.
+        empty mask, which a line marks; an infinite one is drawn on that line. Patients without a score by the rule are
+        counted below the region. With fewer than ten patients the title says that the interval says little.
 
     Raises:
         ValueError: the table has no rows or lacks a column.
@@ -42,9 +44,7 @@ def plotScores(table):
     texts = ['a patient', 'a patient without the region in truth', 'median']
     texts.append(f'mean and its {config.CONFIDENCE:.0%} interval (bootstrap over patients)')
     figure.legend(handles, texts, ncols=4 if numRegions > 4 else 2, **BELOW)
-    number = table['patient'].nunique()
-    caution = cautionText(number, 'the interval says little')
-    figure.suptitle(f'Scores of {countText(number)}{caution}', fontsize=11)
+    figure.suptitle(f'Scores of {countText(table["patient"].nunique(), "the interval says little")}', fontsize=11)
     return figure
 
 
@@ -83,8 +83,8 @@ def _drawScores(panels, table, rule):
             values = part[score].to_numpy(float)
             heights = np.where(np.isinf(values), highest, values)
             isEmpty = part['volumeTruth'].to_numpy() == 0 if 'volumeTruth' in part else np.zeros(len(part), bool)
-            color = BLUE if region in MAIN_REGIONS else GREY
-            drawDots(panel, place + spreadDots(scales[score](heights)), heights, isEmpty, color)
+            color = BLUE if region in config.MAIN_REGIONS else GREY
+            drawDots(panel, place + spreadDots(scales[score](heights)), heights, color, isEmpty)
             text = _drawSummary(panel, place, summary.loc[(region, score)]) if len(part) else 'nobody has a score'
             text += f'\n{numUnscored[region]} without a score' if numUnscored[region] else ''
             labels.append(f'{region}\n{text}')
@@ -152,7 +152,7 @@ def plotComparison(tableA, tableB, names=('A', 'B')):
     Returns:
         matplotlib Figure. A dot is a patient, blue where B is better, orange where it is worse, grey where both are
         equal. The mean, its interval, how many are better and worse, and the p of the sign test are those of
-        `metrics.compare`. If the interval reaches across 0, these patients do not tell which one is better.
+        `metrics.compare`. If the interval contains 0, these patients do not show which model is better.
 
     Raises:
         ValueError: the tables cannot be compared, or have no Dice or HD95.
@@ -171,9 +171,8 @@ def plotComparison(tableA, tableB, names=('A', 'B')):
     texts = [f'a patient: {names[1]} better', 'equal', f'{names[1]} worse']
     texts.append(f'mean and its {config.CONFIDENCE:.0%} interval (bootstrap over patients); p: sign test')
     figure.legend(handles, texts, ncols=4, **BELOW)
-    number = tableA['patient'].nunique()
-    caution = cautionText(number, 'interval and test say little')
-    figure.suptitle(f'{names[1]} compared with {names[0]}: {countText(number)}{caution}', fontsize=11)
+    number = countText(tableA['patient'].nunique(), 'interval and test say little')
+    figure.suptitle(f'{names[1]} compared with {names[0]}: {number}', fontsize=11)
     return figure
 
 
@@ -189,21 +188,15 @@ def _drawDifferences(panels, tableA, tableB, names):
         for place, region in enumerate(regions):
             own = heights[a.index.get_level_values('region') == region]
             scaled = own / top if score == 'dice' else np.arcsinh(own) / np.arcsinh(top)
-            for color, isShown in _byDirection(own, score):
-                isHollow = np.zeros(isShown.sum(), bool)
-                drawDots(panel, (place + spreadDots(scaled / 2 + 0.5))[isShown], own[isShown], isHollow, color)
+            gain = own if score == 'dice' else -own
+            for color, isShown in ((BLUE, gain > 0), (GREY, gain == 0), (ORANGE, gain < 0)):
+                drawDots(panel, (place + spreadDots(scaled / 2 + 0.5))[isShown], own[isShown], color)
             labels.append(f'{region}\n{_drawMean(panel, place, summary.loc[(region, score)])}')
         _finishPanel(panel, labels)
         panel.set_ylim(-1.25 * top, 1.25 * top)
         unit = '' if score == 'dice' else ', mm'
         panel.set_ylabel(f'{_WORDS[score]}, {names[1]} minus {names[0]}{unit}\n(up: {names[1]} is better)')
     _scaleDistances(panels['hd95'])
-
-
-def _byDirection(differences, score):
-    """Yield the color of patients who are better, equal and worse, and which ones they are (bool)."""
-    gain = differences if score == 'dice' else -differences
-    yield from ((BLUE, gain > 0), (GREY, gain == 0), (ORANGE, gain < 0))
 
 
 def _scaleDistances(panel):
@@ -227,3 +220,53 @@ def _drawMean(panel, place, row):
     digits = 3 if row.name[1] == 'dice' else 1
     mean, low, high = (f'{row[name]:+.{digits}f}' for name in ('mean', 'low', 'high'))
     return f'mean {mean}\n{low} to {high}\n{counts}\np = {row["p"]:.2g}'
+
+
+def plotQuality(crossed):
+    """Draw each patient's true Dice against the one that was estimated without it, one panel per region.
+
+    Args:
+        crossed: DataFrame of `postprocess.crossFit`: every estimate is by a fit that did not use the patient.
+
+    Returns:
+        matplotlib Figure. A dot and its interval are orange if the true Dice lies outside the interval. In the grey
+        area are the patients with a true Dice below `config.QUALITY_LIMIT`: left of the dotted line they are flagged,
+        right of it they are missed. The titles have the rank correlation and how many of the intervals hold the true
+        Dice. With fewer than ten patients the title says that the figure says little.
+
+    Raises:
+        ValueError: the table has no rows or lacks a column.
+    """
+    requireColumns(crossed, ['patient', 'region', 'dice', 'predictedDice', 'low', 'high'])
+    summary = summarizeQuality(crossed)
+    figure = newFigure(3.1 * len(summary) + 0.4, 4.1)
+    for panel, (region, row) in zip(
+        figure.subplots(1, len(summary), squeeze=False)[0], summary.iterrows(), strict=True
+    ):
+        part = crossed[(crossed['region'] == region) & crossed['predictedDice'].notna()]
+        _drawEstimates(panel, *part[['predictedDice', 'dice', 'low', 'high']].to_numpy(float).T)
+        text = f'rank correlation {row["spearman"]:.2f}\n{row["coverage"]:.0%} of {row["patients"]:.0f} intervals hold'
+        panel.set_title(f'{region}: {text}', fontsize=8)
+    figure.axes[0].set_ylabel('true Dice')
+    handles = [makeDot(BLUE), makeDot(ORANGE), Line2D([], [], color='black', linewidth=1)]
+    handles.append(Patch(facecolor='#EEEEEE'))
+    texts = ['a patient, with its interval', 'true Dice outside of it', 'estimate equals truth']
+    texts.append(f'true Dice below {config.QUALITY_LIMIT}')
+    figure.legend(handles, texts, ncols=4 if len(summary) > 2 else 2, **BELOW)
+    number = countText(crossed['patient'].nunique(), 'the figure says little')
+    figure.suptitle(f'Estimated quality, by fits that did not use the patient: {number}', fontsize=11)
+    return figure
+
+
+def _drawEstimates(panel, estimates, dice, low, high):
+    """Draw the limit, the diagonal, and estimates (n,) with their intervals against the true Dice (n,)."""
+    limit = config.QUALITY_LIMIT
+    panel.axhspan(-0.03, limit, color='#EEEEEE', zorder=0)
+    panel.axvline(limit, color=GREY, linewidth=1, linestyle=':', label='limit')
+    panel.plot([0, 1], [0, 1], color='black', linewidth=1, label='identity')
+    isHeld = (low <= dice) & (dice <= high)
+    for color, isShown in ((BLUE, isHeld), (ORANGE, ~isHeld)):
+        panel.vlines(estimates[isShown], low[isShown], high[isShown], color=color, linewidth=1, alpha=0.4)
+        drawDots(panel, estimates[isShown], dice[isShown], color)
+    panel.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel='estimated Dice', box_aspect=1)
+    panel.spines[['top', 'right']].set_visible(False)

@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 import config
-from editions import known, labelsOf
-from patients import COLUMNS, detectEdition, hasFile, maskFunction, patientOf, readCase, readVolume
+from patients.editions import known, labelsOf
+from patients.reading import COLUMNS, detectEdition, hasFile, maskFunction, patientOf, readCase, readVolume
+from patients.volumes import PLANES
 from pictures.figure import (
     BELOW,
     aspectRatio,
@@ -34,7 +35,6 @@ from pictures.figure import (
     unpackPrediction,
 )
 from transforms import transformCase
-from volumes import PLANES
 
 # Colors of errors, distinct for color-blind readers from each other, from CLASS_COLORS and from dark grey
 ERRORS = {'false negative': '#FFFFFF', 'false positive': '#7FD34E', 'wrong class': '#D9A6FF'}
@@ -91,8 +91,8 @@ def plotModalities(paths):
     """Draw what the modalities, the classes and the regions are, for one patient in one axial slice.
 
     The first row shows each modality that the patient has a file of, with what is bright in it. The second row shows
-    each class alone, then the three regions and the classes that make them. The slice is the one that holds the largest
-    fractions of the classes' volumes, so that all classes are seen; without a segmentation the one with most brain.
+    each class alone, then the regions and the classes that make them. The slice has the largest fractions of the
+    classes' volumes, so that all classes are seen; without a segmentation it has most brain.
 
     Args:
         paths: one row of the file list. Without a segmentation the second row is absent.
@@ -131,7 +131,7 @@ def plotModalities(paths):
 
 
 def plotPlanes(paths):
-    """Draw one slice of each of `config.PLANES`: what one network learns, and whose predictions are averaged.
+    """Draw one slice of each of `config.PLANES`: one network learns them all, and its predictions are averaged.
 
     Each slice is the one with most tumor or, without a segmentation, with most brain.
 
@@ -230,8 +230,8 @@ def plotTransforms(image, label, transforms):
         image: float (C, H, W), a patch of `utils.BRATSDataset`.
         label: integer (H, W), classes 0 to 3, which are outlined. Choose a patch with all classes.
         transforms: dict of name to torchio transform, with None for the patch as it is. Or one torchio transform such
-            as `trainTransform`: then the patch as stored is followed by each transform inside it, applied alone and
-            with probability 1.
+            as `trainTransform`: the figure then shows the patch as stored, and after each transform inside it, applied
+            alone and with probability 1.
 
     Returns:
         matplotlib Figure. The panels of a row share the grey scale of the patch as it is.
@@ -294,40 +294,46 @@ def plotPrediction(x, y, yhat, title=None):
     Raises:
         ValueError: the shapes do not agree, or a class does not exist.
     """
-    volume, modality, shown = unpackPrediction(x, y, yhat)
-    brain = foreground(volume)
-    number = mostInformativeSlice(*shown.values(), brain)
-    shown = {name: classes[number] for name, classes in shown.items()}
-    box = cropBox(brain[number] | np.any([classes > 0 for classes in shown.values()], axis=0))
-    names = [modality, *shown] + ([] if y is None else ['errors'])
-    heights = 2.2 * aspectRatio(box), 0.65  # inches, of the images and of the legends below them
+    cut = _cutCase(x, y, yhat)
+    names = [cut['modality'], *cut['classes']] + ([] if y is None else ['errors'])
+    heights = 2.2 * aspectRatio(cut['box']), 0.65  # inches, of the images and of the legends below them
     figure = newFigure(2.2 * len(names), sum(heights) + 0.6)
     rows = figure.subplots(2, len(names), height_ratios=heights)
     panels, below = (dict(zip(names, row, strict=True)) for row in rows)
     for panel in below.values():
         panel.axis('off')
-    low, high = displayWindow(volume, brain)
+    low, high = cut['window']
     for name, panel in panels.items():
         # half as bright below the errors, so that only errors are white
-        showSlice(panel, volume[number][box], (low, 2 * high - low if name == 'errors' else high), name)
-    for name, classes in shown.items():
-        showClasses(panels[name], classes[box])
+        showSlice(panel, cut['image'], (low, 2 * high - low if name == 'errors' else high), name)
+    for name, classes in cut['classes'].items():
+        showClasses(panels[name], classes)
         _addLegend(below[name], config.CLASS_NAMES[1:], config.CLASS_COLORS[1:], classes, 'pixels', loc='upper center')
     if y is not None:
-        errors = _errorMap(**shown)
-        showClasses(panels['errors'], errors[box], ('#000000', *ERRORS.values()), opacity=1)
+        truth, prediction = cut['classes'].values()
+        errors = np.select([truth == prediction, prediction == 0, truth == 0], [0, 1, 2], default=3)  # as in ERRORS
+        showClasses(panels['errors'], errors, ('#000000', *ERRORS.values()), opacity=1)
         _addLegend(below['errors'], ERRORS, ERRORS.values(), errors, 'pixels', loc='upper center')
-    markSides(panels[modality])
-    figure.suptitle(f'{title or "Prediction"}, axial slice {number} of {len(volume)}', fontsize=10)
+    markSides(panels[cut['modality']])
+    figure.suptitle(f'{title or "Prediction"}, axial slice {cut["number"]} of {len(x)}', fontsize=10)
     return figure
 
 
-def _errorMap(truth, prediction):
-    """Return 1 for a false negative, 2 for a false positive, 3 for a wrong tumor class, else 0, per pixel."""
-    errors = np.where(truth != prediction, 3, 0)
-    errors[(truth > 0) & (prediction == 0)] = 1
-    errors[(truth == 0) & (prediction > 0)] = 2
-    return errors
+def _cutCase(x, y, yhat):
+    """Return what is drawn of a prediction: the most informative slice of image and classes, cropped to the head."""
+    volume, modality, classes = unpackPrediction(x, y, yhat)
+    brain = foreground(volume)
+    number = mostInformativeSlice(*classes.values(), brain)
+    box = cropBox(brain[number] | np.any([values[number] > 0 for values in classes.values()], axis=0))
+    return {
+        'modality': modality,
+        'number': number,
+        'box': box,
+        'window': displayWindow(volume, brain),
+        # copies, because a view would keep the whole volume in memory
+        'image': volume[number][box].copy(),
+        'classes': {name: values[number][box].copy() for name, values in classes.items()},
+    }
 
 
 def _addLegend(panel, names, colors, classes, unit, **place):
@@ -341,8 +347,8 @@ def _addLegend(panel, names, colors, classes, unit, **place):
 def plotCases(table, predict):
     """Draw the best, the median and the worst patient: truth and prediction in the most informative slice.
 
-    Patients are ranked by the mean of their Dice of WT, TC and ET, as far as `config.REGIONS` has them; the median of
-    an even number is the lower of the middle two. The slice is chosen as in `plotPrediction`.
+    Patients are ranked by the mean of their Dice of those of WT, TC and ET that `config.REGIONS` has. Of an even number
+    the median is the lower of the middle two. The slice is chosen as in `plotPrediction`.
 
     Args:
         table: DataFrame of `metrics.scoreTable`.
@@ -351,7 +357,7 @@ def plotCases(table, predict):
             in memory at a time.
 
     Returns:
-        matplotlib Figure, one row per patient; of one or two patients there are as many rows.
+        matplotlib Figure, one row per patient; fewer than three if there are fewer patients.
 
     Raises:
         ValueError: no patient has the three scores, or a prediction is not as `plotPrediction` expects it.
@@ -363,11 +369,11 @@ def plotCases(table, predict):
     rows = figure.subplots(len(cases), 3, height_ratios=heights, width_ratios=(0.95, 1, 1), squeeze=False)
     for row, text, case in zip(rows, cases.values(), shown, strict=True):
         row[0].axis('off')
-        text = f'{text}\n\naxial slice {case["number"]}'
+        text += f'\n\naxial slice {case["number"]}'
         row[0].text(0, 0.5, text, fontsize=8, va='center', transform=row[0].transAxes)
         for panel, name in zip(row[1:], ('truth', 'prediction'), strict=True):
             showSlice(panel, case['image'], case['window'], f'{name} over {case["modality"]}')
-            showClasses(panel, case[name])
+            showClasses(panel, case['classes'][name])
     markSides(rows[0][1])
     patches = [Patch(facecolor=color, edgecolor='#777777') for color in config.CLASS_COLORS[1:]]
     figure.legend(patches, config.CLASS_NAMES[1:], ncols=len(patches), **BELOW)
@@ -377,7 +383,7 @@ def plotCases(table, predict):
 
 
 def _rankCases(table):
-    """Return the patients to draw, best first, and the text for each."""
+    """Return a dict of each patient to draw, best first, to the text beside it."""
     requireColumns(table, ['patient', 'region', 'dice'])
     dice = table.pivot(index='patient', columns='region', values='dice').reindex(columns=mainRegions()).dropna()
     if dice.empty:
@@ -392,15 +398,3 @@ def _rankCases(table):
         )
         for patient, (name, row) in rows.items()
     }
-
-
-def _cutCase(x, y, yhat):
-    """Return what is drawn of one patient: the most informative slice of image, truth and prediction, cropped."""
-    volume, modality, classes = unpackPrediction(x, y, yhat)
-    brain = foreground(volume)
-    number = mostInformativeSlice(*classes.values(), brain)
-    box = cropBox(brain[number] | np.any([values[number] > 0 for values in classes.values()], axis=0))
-    # copies, because a view would keep the whole volume in memory
-    cut = {name: values[number][box].copy() for name, values in classes.items()}
-    cut |= {'image': volume[number][box].copy(), 'window': displayWindow(volume, brain), 'modality': modality}
-    return cut | {'number': number, 'box': box}

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import ipywidgets
+import numpy as np
+from matplotlib.colors import to_rgba_array
 
 import config
-from editions import classesOf, countWithCavity, known
-from patients import detectEdition, fileOf, hasFile
-from pictures.figure import OPACITY, shownChannel
-from pictures.sprites import classColors, classNames
+from patients.editions import classesOf, countWithCavity, known
+from patients.reading import detectEdition, fileOf, hasFile
+from pictures.figure import OPACITY, classColors, classNames, shownChannel
 
 
 def viewPatient(paths, segmentation=None):
@@ -61,10 +62,7 @@ def _labelColors(edition):
     """Return NiiVue's table of colors and names of an edition's labels; background is transparent."""
     numbers = classesOf(edition, countWithCavity())
     labels = sorted(numbers)
-    colors = [classColors()[numbers[label]] for label in labels]
-    bands = {
-        band: [int(text[place : place + 2], 16) for text in colors]
-        for band, place in zip('RGB', (1, 3, 5), strict=True)
-    }
+    colors = np.rint(255 * to_rgba_array([classColors()[numbers[label]] for label in labels])).astype(int)
+    colors[:, 3] = [255 if numbers[label] else 0 for label in labels]
     names = [classNames()[numbers[label]] for label in labels]
-    return bands | {'A': [255 if numbers[label] else 0 for label in labels], 'I': labels, 'labels': names}
+    return dict(zip('RGBA', colors.T.tolist(), strict=True)) | {'I': labels, 'labels': names}

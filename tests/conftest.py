@@ -1,13 +1,19 @@
 import json
+import os
 
 import h5py
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import config
+from provenance import FORMAT
 
+# the tests run in several processes, one thread each; torch is slow where threads wait for one another
+os.environ['OMP_NUM_THREADS'] = '1'
+torch.set_num_threads(1)
 COLUMNS = ['t1', 't1ce', 't2', 'flair', 'seg']
 NEWER = ['t1n', 't1c', 't2w', 't2f', 'seg']  # the same columns in the file names of 2023 and 2024
 UPENN = ['T1', 'T1GD', 'T2', 'FLAIR']
@@ -111,9 +117,9 @@ PATCHES = (
 )  # have a row a patch
 
 
-def writePatchFile(file, image, label, patients=('P1',), **changes):
-    """Write a patch file with the identity that today's config gives it, or with some parts of it changed."""
-    identity = {
+def settingsOf(**changes):
+    """Return the settings of a provenance as today's config gives them, or with some of them changed."""
+    return {
         'modalities': list(config.MODALITIES),
         'classes': list(config.CLASS_NAMES),
         'patchSize': config.PATCH_SIZE,
@@ -124,15 +130,36 @@ def writePatchFile(file, image, label, patients=('P1',), **changes):
         'sliceStep': None,
         'randomStarts': None,
         'background': None,
-        'transform': None,
+    } | changes
+
+
+def writePatchFile(file, image, label, patients=('P1',), numbers=None, **changes):
+    """Write a patch file with the settings of today's config, or with some of them changed.
+
+    `numbers` are those of the patients that the patches come from; None: each patient has about as many.
+    """
+    provenance = {
+        'format': FORMAT,
+        'settings': settingsOf(**changes),
         'patients': {patient: {'t1ce': f'image of {patient}', 'seg': f'seg of {patient}'} for patient in patients},
         'files': {},
     }
+    numbers = np.arange(len(image)) * len(patients) // len(image) if numbers is None else numbers
     file.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(file, 'w') as handle:
-        handle['image'], handle['label'] = image, label
-        handle['identity'] = json.dumps(identity | changes)
+        handle['image'], handle['label'], handle['patient'] = image, label, np.asarray(numbers, np.int32)
+        handle['provenance'] = json.dumps(provenance)
     return str(file)
+
+
+def cellsOf(notebook, kind):
+    """The cells of one kind."""
+    return [cell for cell in json.loads(notebook.read_text())['cells'] if cell['cell_type'] == kind]
+
+
+def sourcesOf(notebook):
+    """The source of each code cell."""
+    return [''.join(cell['source']) for cell in cellsOf(notebook, 'code')]
 
 
 @pytest.fixture(autouse=True)

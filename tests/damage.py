@@ -18,12 +18,12 @@ def changeVolume(column, change, affine=None):
     return damage
 
 
-def changeVoxel(column, value, dtype=np.float32):
-    """Set one voxel, after a conversion to another dtype."""
+def changeVoxel(column, value, dtype=np.float32, where=(5, 5, 5)):
+    """Set a voxel, or several, after a conversion to another dtype."""
 
     def change(volume):
         volume = volume.astype(dtype)
-        volume[5, 5, 5] = value
+        volume[where] = value
         return volume
 
     return changeVolume(column, change)
@@ -61,11 +61,6 @@ def changeHeader(column, field, value):
     return changeBytes(column, change)
 
 
-def changeDimensions(column, *sizes):
-    """Set the shape in the header, but not the data."""
-    return changeHeader(column, 'dim', (3, *sizes, 1, 1, 1, 1))
-
-
 def copy(one, other):
     """Replace one file by another of the same patient."""
 
@@ -80,6 +75,11 @@ def remove(column):
     return lambda home, patient: (home / f'{patient}_{column}.nii.gz').unlink()
 
 
+def turn(volume):
+    """Return a volume with its first two axes backwards, as `TURNED` says."""
+    return volume[::-1, ::-1]
+
+
 TURNED = np.array([[-1, 0, 0, 11], [0, -1, 0, 12], [0, 0, 1, 0], [0, 0, 0, 1]])
 SHIFTED = nib.affines.from_matvec(np.eye(3), [0, 3, 0])
 BAD = {  # kind -> column, words of the finding (regular expression), function that damages the patient
@@ -92,26 +92,23 @@ BAD = {  # kind -> column, words of the finding (regular expression), function t
     'an unknown data type': ('t1ce', 'cannot be used', changeHeader('t1ce', 'datatype', 0)),
     'an affine without a first axis': ('t1ce', 'cannot be used', changeHeader('t1ce', 'srow_x', (0, 0, 0, 0))),
     'text for an image': ('t1ce', 'cannot be used', changeBytes('t1ce', lambda packed: b'this is no NIfTI')),
-    'a header of terabytes': ('t2', r'says \(30000, 30000, 2000\)', changeDimensions('t2', 30000, 30000, 2000)),
-    'a header of one slice more': ('t2', 'cannot be used', changeDimensions('t2', 12, 13, 15)),
+    'a header of terabytes': (
+        't2',
+        r'says \(30000, 30000, 2000\)',
+        changeHeader('t2', 'dim', (3, 30000, 30000, 2000, 1, 1, 1, 1)),
+    ),
+    'a header of one slice more': ('t2', 'cannot be used', changeHeader('t2', 'dim', (3, 12, 13, 15, 1, 1, 1, 1))),
     'a 2-D image': ('t2', r'header says \(12, 13\); 3 dimensions', changeVolume('t2', lambda v: v[..., 0])),
-    'a 4-D image': (
-        't2',
-        r'header says \(12, 13, 14, 2\); 3 dimensions',
-        changeVolume('t2', lambda v: np.stack([v, v], axis=-1)),
-    ),
-    'another shape': (
-        't2',
-        r'has \(11, 13, 14\) voxels, t1ce has \(12, 13, 14\)',
-        changeVolume('t2', lambda v: v[1:]),
-    ),
+    'a 4-D image': ('t2', r'\(12, 13, 14, 2\); 3 dim', changeVolume('t2', lambda v: np.stack([v, v], axis=-1))),
+    'another shape': ('t2', r'has \(11, 13, 14\) voxels, t1ce has \(12,', changeVolume('t2', lambda v: v[1:])),
     'a seg of another shape': ('seg', r'has \(12, 13, 13\) voxels', changeVolume('seg', lambda v: v[..., 1:])),
     'another place': ('flair', 'lies up to 3.0 mm away from t1ce', changeVolume('flair', lambda v: v, SHIFTED)),
     'a seg at another place': ('seg', 'lies up to 3.0 mm away', changeVolume('seg', lambda v: v, SHIFTED)),
     'NaN': ('flair', 'values run from nan to nan; finite values', changeVoxel('flair', np.nan)),
     'infinite': ('flair', 'to inf; finite values', changeVoxel('flair', np.inf)),
     'minus infinite': ('flair', 'from -inf', changeVoxel('flair', -np.inf)),
-    'beyond any scanner': ('flair', 'values within 1e6', changeVoxel('flair', 3e7)),
+    'beyond any scanner': ('flair', 'values within 1e6', changeVoxel('flair', 2e6)),
+    'below any scanner': ('flair', 'values within 1e6', changeVoxel('flair', -2e6)),
     'NaN in the seg': ('seg', 'finite values', changeVoxel('seg', np.nan)),
     'a label of another edition': ('seg', r'labels \[0, 3, 4\], but BraTS2020 knows', changeVoxel('seg', 3, np.uint8)),
     'a negative label': ('seg', r'labels \[-1, 0, 4\]', changeVoxel('seg', -1, np.int16)),
@@ -123,20 +120,10 @@ SUSPICIOUS = {  # the same, but such a patient can be read
     'an empty modality': ('t2', 'every voxel is 0: this modality is empty', changeVolume('t2', np.zeros_like)),
     'a constant modality': ('t2', 'every voxel is 7', changeVolume('t2', lambda v: np.full_like(v, 7))),
     'a seg for an image': ('t2', 'like a segmentation; an image was expected', copy('seg', 't2')),
+    'clipped voxels': ('t2', '^5 voxels are 32767', changeVoxel('t2', 32767, np.int16, np.s_[3, 3, 3:8])),
+    'tumor outside the brain': ('seg', '^3 voxels of tumor lie', changeVoxel('seg', 4, np.uint8, np.s_[0, 0, :3])),
     'a copy of another modality': ('flair', 'flair looks like a copy of t1ce', copy('t1ce', 'flair')),
-    "another patient's seg": (
-        'seg',
-        'of the tumor lies outside the brain',
-        changeVolume('seg', lambda v: np.roll(v, 8, axis=0)),
-    ),
-    'an image in another order': (
-        't2',
-        'stored in LPS order, t1ce in RAS',
-        changeVolume('t2', lambda v: v[::-1, ::-1], TURNED),
-    ),
-    'a seg in another order': (
-        'seg',
-        'LPS order.*corrected when it is read',
-        changeVolume('seg', lambda v: v[::-1, ::-1], TURNED),
-    ),
+    "another patient's seg": ('seg', 'tumor lies outside the brain', changeVolume('seg', lambda v: np.roll(v, 8, 0))),
+    'an image in another order': ('t2', 'in LPS order, t1ce in RAS', changeVolume('t2', turn, TURNED)),
+    'a seg in another order': ('seg', 'LPS order.*corrected when it is read', changeVolume('seg', turn, TURNED)),
 }

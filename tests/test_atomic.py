@@ -31,7 +31,7 @@ def writersOf(folder, paths, number):
 @pytest.mark.filterwarnings('error')
 @pytest.mark.parametrize('name', ['a.h5', 'last.pt', 'best.pt', 'a.nii.gz', 'a_axial.gif'])
 def test_writeAtomically_keepsEachKindOfFileIfTheDiskIsFull(writeCase, tmp_path, name):
-    """If a file may not grow any more, the error names it and says why; the last good one stays, without a part."""
+    """If a file may not grow any more, the error names it and says why; the last good one stays, and nothing else."""
     generator = np.random.default_rng(0)
     volumes = {name: generator.integers(1, 900, (40, 36, 12)).astype(np.int16) for name in ('t1ce', 't2', 'flair')}
     paths = writeCase({**volumes, 'seg': np.ones((40, 36, 12), np.uint8)})
@@ -49,46 +49,31 @@ def test_writeAtomically_keepsEachKindOfFileIfTheDiskIsFull(writeCase, tmp_path,
     assert (folder / name).read_bytes() == before and not list(folder.glob('*.part'))
 
 
-def test_writeAtomically_keepsTheOldFileIfWritingFails(tmp_path):
-    """An error while writing leaves the earlier file and no part; missing folders are created."""
+def test_writeAtomically_keepsTheOldFileUntilTheNewOneIsComplete(tmp_path):
+    """The name stands for the earlier file until the block ends, and for good if it raises; no temporary file stays."""
     file = tmp_path / 'deep' / 'a.txt'
-    with writeAtomically(file) as part:
-        part.write_text('old')
-    with pytest.raises(RuntimeError, match='stop'), writeAtomically(file) as part:
-        part.write_text('ne')
+    with writeAtomically(str(file)) as temporary:  # missing folders are created
+        temporary.write_text('old')
+    with pytest.raises(RuntimeError, match='stop'), writeAtomically(file) as temporary:
+        temporary.write_text('ne')
         raise RuntimeError('stop')
     assert file.read_text() == 'old' and list(file.parent.iterdir()) == [file]
+    (tmp_path / 'deep' / 'a.txt.part').write_text('half of something that a killed run wrote')
+    with writeAtomically(file) as temporary:
+        temporary.write_text('new')
+        assert file.read_text() == 'old'
+    assert file.read_text() == 'new' and list(file.parent.iterdir()) == [file]
 
 
-def test_writeAtomically_keepsTheOldFileUntilTheNewOneIsComplete(tmp_path):
-    """While the block writes, the name still stands for the earlier file; afterwards for the new one."""
-    (tmp_path / 'a.txt').write_text('old')
-    with writeAtomically(str(tmp_path / 'a.txt')) as part:
-        part.write_text('new')
-        assert (tmp_path / 'a.txt').read_text() == 'old'
-    assert (tmp_path / 'a.txt').read_text() == 'new' and not part.exists()
-
-
-def test_writeAtomically_overwritesTheRestOfAKilledRun(tmp_path):
-    """The part has one fixed name, so the next run writes over it."""
-    (tmp_path / 'a.txt.part').write_text('half of something that was longer')
-    with writeAtomically(tmp_path / 'a.txt') as part:
-        part.write_text('new')
-    assert [path.name for path in tmp_path.iterdir()] == ['a.txt']
-    assert (tmp_path / 'a.txt').read_text() == 'new'
-
-
-def test_writeAtomically_namesTheFileIfTheDiskIsFull(tmp_path):
-    """An error of the disk names the final file and what the system reported, with its number."""
-    message = r'a\.txt could not be written: No space left'
-    with pytest.raises(OSError, match=message) as caught, writeAtomically(tmp_path / 'a.txt') as part:
-        part.write_text('x')
+def test_writeAtomically_namesTheFileThatCannotBeWritten(tmp_path):
+    """An error of the system names the final file and what was reported, with its number: a full disk, no folder."""
+    with (
+        pytest.raises(OSError, match=r'a\.txt could not be written: No space left') as caught,
+        writeAtomically(tmp_path / 'a.txt') as temporary,
+    ):
+        temporary.write_text('x')
         raise OSError(errno.ENOSPC, 'No space left on device')
     assert caught.value.errno == errno.ENOSPC
-
-
-def test_writeAtomically_namesTheFileIfItsFolderIsAFile(tmp_path):
-    """If a file has the name of the folder, the error names the file that was to be written."""
     (tmp_path / 'output').write_text('a file')
     message = r'output/a\.txt could not be written'
     with pytest.raises(OSError, match=message), writeAtomically(tmp_path / 'output' / 'a.txt'):
@@ -97,11 +82,8 @@ def test_writeAtomically_namesTheFileIfItsFolderIsAFile(tmp_path):
 
 def test_writeAtomically_refusesAFileThatAnotherProcessWrites(tmp_path):
     """While one writer is at work, a second one is refused in words, and the first one's file is whole."""
-    with writeAtomically(tmp_path / 'a.txt') as part:
-        part.write_text('first')
+    with writeAtomically(tmp_path / 'a.txt') as temporary:
+        temporary.write_text('first')
         with pytest.raises(BlockingIOError, match='Another process is writing'), writeAtomically(tmp_path / 'a.txt'):
             raise AssertionError
     assert (tmp_path / 'a.txt').read_text() == 'first'
-    with writeAtomically(tmp_path / 'a.txt') as part:
-        part.write_text('second')
-    assert (tmp_path / 'a.txt').read_text() == 'second'

@@ -17,7 +17,6 @@ import checkpoints
 import config
 import engine
 import preprocess
-import recipe
 import utils
 from conftest import writePatchFile
 
@@ -41,17 +40,6 @@ def write(losses):
         checkpoints.makeCheckpoint(epoch, *run, 1, loss, min([INFINITE, *losses[:epoch]]))
 
 
-def asFormat1():
-    """Rewrite the last checkpoint in format 1: the history counts epochs from 0, and the model is `network`."""
-    content = torch.load(config.LAST_CHECKPOINT, weights_only=True)
-    content['format'] = 1
-    del content['identity'], content['recipe'], content['average'], content['epochs']
-    for number, row in enumerate(content['history']):
-        row['epoch'] = number
-    content['settings']['network'] = content['settings'].pop('model')
-    torch.save(content, config.LAST_CHECKPOINT)
-
-
 # Stopping in time
 
 
@@ -66,7 +54,6 @@ def test_epochs_runsToTheLast(capsys):
     assert capsys.readouterr().out == ''
 
 
-@pytest.mark.parametrize('isFormat1', [False, True])
 @pytest.mark.parametrize(
     ('losses', 'patience', 'isOver'),
     [
@@ -78,12 +65,10 @@ def test_epochs_runsToTheLast(capsys):
         ([], 1, False),
     ],
 )
-def test_epochs_stopsWithoutImprovement(losses, patience, isOver, isFormat1, capsys):
+def test_epochs_stopsWithoutImprovement(losses, patience, isOver, capsys):
     """A resumed run stops if its last config.PATIENCE epochs did not improve the loss."""
     config.EPOCHS, config.PATIENCE = 20, patience
     write(losses)
-    if isFormat1 and losses:
-        asFormat1()
     assert (next(checkpoints.epochs(len(losses)), None) is None) == isOver
     assert ('did not improve the validation loss' in capsys.readouterr().out) == isOver
 
@@ -156,13 +141,13 @@ def runInTime(clock, hours, stopAfter=None):
 def test_epochs_endOnTimeWithARateOf0(monkeypatch, capsys):
     """Of 600 steps of 36 s, 3.55 hours have time for 355: the schedule ends before, within the fourth epoch."""
     clock = {'now': 0.05}
-    monkeypatch.setattr(recipe, 'hoursUsed', lambda: clock['now'])
+    monkeypatch.setattr(engine, 'hoursUsed', lambda: clock['now'])
     config.TIME_BUDGET = 3.55
     _, rate, schedule = runInTime(clock, 0.01)
     told = capsys.readouterr().out
     assert rate == 0 and schedule.hasEnded and 300 < schedule.numSteps <= 350 and clock['now'] <= 3.55
     assert re.findall(r'(\d+) of (\d+) steps fit into the 3.55 hours', told) == [(str(schedule.numSteps), '600')]
-    assert f'Stopped after 4 of 6 epochs: {schedule.numSteps} of 600 steps fit into the time' in told
+    assert 'Stopped after 4 of 6 epochs: the learning rate has fallen to 0' in told
     history = checkpoints.readHistory()
     assert list(history['epoch']) == [1, 2, 3, 4] and (history['trainLoss'] < 2).all()  # also of the epoch cut short
     assert next(checkpoints.epochs(4), None) is None
@@ -171,7 +156,7 @@ def test_epochs_endOnTimeWithARateOf0(monkeypatch, capsys):
 def test_epochs_keepTheEndOfAScheduleThatWasShortened(tmp_path, monkeypatch):
     """Killed after the third epoch and resumed by a faster process, the run ends at the same step, bit for bit."""
     clock, ends = {}, []
-    monkeypatch.setattr(recipe, 'hoursUsed', lambda: clock['now'])
+    monkeypatch.setattr(engine, 'hoursUsed', lambda: clock['now'])
     config.TIME_BUDGET = 3.55
     for name, hours, stopAfter in (('whole', 0.01, None), ('killed', 0.01, 2), ('killed', 0.001, None)):
         config.OUTPUT_FOLDER, clock['now'] = str(tmp_path / name), 0.05
@@ -186,7 +171,7 @@ def test_epochs_keepTheEndOfAScheduleThatWasShortened(tmp_path, monkeypatch):
 def test_epochs_keepThePlanWhereTheTimeIsEnough(monkeypatch, capsys):
     """600 steps of 36 s end at step 600 within 7 hours, and nothing is said."""
     clock = {'now': 0.05}
-    monkeypatch.setattr(recipe, 'hoursUsed', lambda: clock['now'])
+    monkeypatch.setattr(engine, 'hoursUsed', lambda: clock['now'])
     config.TIME_BUDGET = 7
     _, rate, schedule = runInTime(clock, 0.01)
     assert rate == 0 and schedule.numSteps == schedule.last_epoch == 600
@@ -261,15 +246,15 @@ def test_makeCheckpoint_mayBeCalledEveryFewEpochs():
     assert checkpoints.loadCheckpoint(*makeRun(), config.LAST_CHECKPOINT)[4] == 8
 
 
-def test_makeCheckpoint_writesTheRateOfTheEpoch():
-    """The rate in the history is that which the epoch was trained with; the scheduler lowers it for the next."""
+def test_makeCheckpoint_writesTheRateAfterTheEpoch():
+    """The rate in the history is that of the next epoch, as the scheduler has set it."""
     loader = [(torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long))]
     model, optimizer, scheduler, scaler = makeRun()
     for epoch in range(3):
         engine.train(model, torch.nn.CrossEntropyLoss(), optimizer, scaler, loader)
         scheduler.step(1.0)  # no improvement: halved after every epoch but the first
         checkpoints.makeCheckpoint(epoch, model, optimizer, scheduler, scaler, 1, 1, 1)
-    assert list(checkpoints.readHistory()['learnRate']) == [0.01, 0.01, 0.005]
+    assert list(checkpoints.readHistory()['learnRate']) == [0.01, 0.005, 0.0025]
     assert optimizer.param_groups[0]['lr'] == 0.0025
 
 
@@ -409,17 +394,6 @@ def test_loadCheckpoint_tellsAnotherNumberOfEpochs(tmp_path, capsys):
     assert 'after 4 epochs the learning rate goes on at 0.54 of its maximum, not at 0.00' in capsys.readouterr().out
 
 
-def test_loadCheckpoint_readsFormat1():
-    """A checkpoint whose history counts from 0 resumes, and its history goes on counting from 1."""
-    write([3.0, 2.0])
-    asFormat1()
-    *run, epoch, _, valLoss, best = checkpoints.loadCheckpoint(*makeRun(1), config.LAST_CHECKPOINT)
-    assert (epoch, valLoss, best) == (2, 2, 2)
-    checkpoints.makeCheckpoint(epoch, *run, 1, 1.0, best)
-    history = checkpoints.readHistory()
-    assert list(history['epoch']) == [1, 2, 3] and list(history['valLoss']) == [3, 2, 1]
-
-
 def test_loadCheckpoint_startsFromZeroWithoutAFile(tmp_path, capsys):
     """Without a file the same objects, epoch 0 and infinite losses are returned; the scheduler may be None."""
     model, optimizer, _, scaler = makeRun()
@@ -466,7 +440,7 @@ class Program:
     ('changes', 'width', 'words'),
     [
         ({}, 9, r'belongs to another model: its 0\.bias is \(8,\), the given model has \(9,\)'),
-        ({'format': 99}, 8, 'has the format 99, this version reads up to 3'),
+        ({'format': 99}, 8, 'has the format 99, this version reads 4'),
         ({'format': 'other'}, 8, 'is not a checkpoint of this package'),
         ({'format': Program()}, 8, 'is not a checkpoint of this package'),
     ],

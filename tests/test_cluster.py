@@ -12,12 +12,12 @@ import segmentation_models_pytorch as smp
 import torch
 
 import config
-import identity
-import parallel
 import patients
 import phantom
 import postprocess
 import preprocess
+import provenance
+from patients import parallel
 
 distributed = pytest.importorskip('dask.distributed')
 
@@ -30,19 +30,23 @@ def client():
         yield client
 
 
-@pytest.fixture
-def df(tmp_path):
-    phantom.makeCases(tmp_path / 'data', 4, shape=(40, 40, 16))
-    return patients.makeFileList(tmp_path / 'data')
+@pytest.fixture(scope='module')
+def df(tmp_path_factory):
+    """The file list of four phantoms."""
+    folder = tmp_path_factory.mktemp('data')
+    phantom.makeCases(folder, 4, shape=(40, 40, 16))
+    return patients.makeFileList(folder)
 
 
 @pytest.fixture
 def model():
+    """A small untrained model."""
     torch.manual_seed(0)
     return smp.Unet('resnet18', encoder_weights=None, in_channels=3, classes=4, decoder_channels=(32, 16, 16, 8, 8))
 
 
 def filesOf(folder):
+    """Return a dict of path -> content of all files below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
@@ -65,7 +69,9 @@ def test_cluster_writesTheFilesOfOneProcess(client, df, model, tmp_path):
 
 def test_cluster_leavesOutAndNamesABadPatient(client, df, model, tmp_path, capsys):
     """A damaged file stops the prediction, or its patient is left out; the others are predicted."""
-    Path(df['flair'].iloc[1]).write_bytes(b'damaged')
+    df, file = df.copy(), tmp_path / Path(df['flair'].iloc[1]).name
+    file.write_bytes(b'damaged')
+    df.loc[df.index[1], 'flair'] = str(file)
     with joblib.parallel_config('dask', n_jobs=2):
         with pytest.raises(ValueError, match=rf'{df.index[1]}.*cannot be used'):
             postprocess.predictFolder(df, model, tmp_path / 'out')
@@ -75,8 +81,8 @@ def test_cluster_leavesOutAndNamesABadPatient(client, df, model, tmp_path, capsy
     assert list(table['patient'].unique()) == [df.index[0], *df.index[2:]]
 
 
-def test_cluster_tellsErrorsThatAreNotThoseOfAPatient(client, df, model, tmp_path):
-    """Rules of other predictions end the work, as in one process: no patient is left out for them."""
+def test_cluster_stopsAtErrorsThatAreNotThoseOfAPatient(client, df, model, tmp_path):
+    """A Tuning of other predictions ends the work, as in one process: no patient is left out for it."""
     config.ON_BAD_PATIENT = 'leaveOut'
     rules = postprocess.Tuning(N=10, kind={'patchStride': None, 'mirror': True, 'planes': None})
     with joblib.parallel_config('dask', n_jobs=2), pytest.raises(ValueError, match='The rules were tuned on'):
@@ -84,10 +90,11 @@ def test_cluster_tellsErrorsThatAreNotThoseOfAPatient(client, df, model, tmp_pat
 
 
 def test_cluster_warnsWhereConfigDiffers(client, df, model, tmp_path):
-    """That the model is followed is said here, and not only in the processes."""
-    model.identity = {**identity.configured(), 'activation': 'softmax', 'earlier': {}, 'patients': {}}
+    """The caller is warned that the settings of the training are used, and not only the processes."""
+    settings = {**provenance.configured(), 'activation': 'softmax'}
+    model.provenance = {'settings': settings, 'patients': {}, 'earlier': {}, 'validated': {}}
     config.PLANES = ('coronal',)
-    with joblib.parallel_config('dask', n_jobs=2), pytest.warns(UserWarning, match='The model is followed'):
+    with joblib.parallel_config('dask', n_jobs=2), pytest.warns(UserWarning, match='settings of the training are used'):
         postprocess.predictFolder(df, model, tmp_path / 'out')
 
 

@@ -48,7 +48,7 @@ def test_crossValidation_testsEachPatientOnceInAFolderOfItsFold(home):
     names = {'__name__': '__main__'}
     exec(block, names)
     assert sorted(set(names['table']['patient'])) == ids and len(names['table']) == 5 * len(config.REGIONS)
-    seen = [set(member.identity['earlier']) for member in names['members']]
+    seen = [set(member.provenance['earlier']) for member in names['members']]
     assert sorted(patient for patients in seen for patient in set(ids) - patients) == ids
     files = {file: file.read_bytes() for file in home.glob('runs/fold-*/last.pt')}
     exec(block, again := {'__name__': '__main__'})
@@ -62,7 +62,7 @@ def test_deploy_runsAsItIsWritten(home, monkeypatch):
     pytest.importorskip('onnx')
     pytest.importorskip('onnxruntime')
     config.DATA_FOLDER = 'patients'
-    monkeypatch.setattr(deploy, 'LARGEST_LOSS', 1)  # one epoch decides little
+    monkeypatch.setattr(deploy.onnx, 'LARGEST_LOSS', 1)  # one epoch decides little
     phantom.makeCases('patients', 2, shape=(40, 40, 16))
     trainForOneEpoch(patients.makeFileList())
     names = {}
@@ -92,14 +92,14 @@ def test_readme_runsAsItIsWritten(home, monkeypatch):
     pytest.importorskip('onnx')
     pytest.importorskip('onnxruntime')
     monkeypatch.setattr(config, 'DEMO', config.DEMO | {'DECODER_CHANNELS': (16, 8, 8)})
-    monkeypatch.setattr(deploy, 'LARGEST_LOSS', 1)  # one epoch decides little
+    monkeypatch.setattr(deploy.onnx, 'LARGEST_LOSS', 1)  # one epoch decides little
     vars(config).update(config.DEMO)
     ids = phantom.makeCases(config.DATA_FOLDER, 3, shape=(40, 40, 16))
     trainForOneEpoch(utils.makeFileList()[:1])
     names = {}
     for block in [*blocksOf('README.md'), *blocksOf('docs/hardware.md')]:
         exec(block, names)
-    assert len(names['dataset'].identity['patients']) == 3
+    assert len(names['dataset'].provenance['patients']) == 3
     plt.close('all')
     assert (home / 'BraTS20_Training_001.nii.gz').is_file() and (home / 'scores.png').is_file()
     assert sorted(set(names['table']['patient'])) == ids[1:]
@@ -162,7 +162,7 @@ def test_quality_estimatesNewPatients(home):
 
 def test_report_runsAsItIsWritten(home, monkeypatch):
     """Its blocks write the page of two scans of a subject, draw their volumes, and show or name the viewer."""
-    monkeypatch.setattr(report, '_drawCharts', lambda *arguments: [])  # they take the longest
+    monkeypatch.setattr(report.report, '_drawCharts', lambda *arguments: [])  # they take the longest
     for number in (0, 1):
         patient = f'BraTS-GLI-00001-00{number}'
         volume = np.zeros((24, 24, 24), np.uint8)

@@ -1,17 +1,15 @@
-"""Each edition is told by its names, and its labels become the classes that config asks for."""
+"""Each edition is detected from its names, and its labels become the classes that config asks for."""
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 
-import cohort
 import config
-import editions
 import patients
 import postprocess
-import train
-from conftest import NEWER, UPENN, drawCases, names, namesNewer, save, touch, writeLayout
+from conftest import NEWER, UPENN, drawCases, namesNewer, save, touch, writeLayout
+from patients import cohort, editions
 
 
 @pytest.fixture
@@ -42,65 +40,52 @@ def labelOf(*values):
     return label.reshape(4, 4, 4)
 
 
-def test_detect_tellsTheTimePointsOf2025Apart():
-    """Below 100 is before treatment, with the labels of 2023; from 100 on after it, with those of 2024."""
-    found = {
-        time: editions.detect(f'BraTS-GLI-00001-{time}-t1c.nii.gz').edition
-        for time in ('000', '001', '099', '100', '999')
-    }
-    assert found == dict.fromkeys(['000', '001', '099'], 'BraTS2023') | dict.fromkeys(['100', '999'], 'BraTS2024')
-
-
-@pytest.mark.parametrize(('declared', 'expected'), [('BraTS2024', 'BraTS2024'), ('BraTS2023', 'BraTS2023')])
-def test_detect_letsADeclaredEditionClaimAllTimePoints(declared, expected):
-    """config.EDITION decides for names of GLI, whatever their time point; other editions keep their names."""
+@pytest.mark.parametrize(
+    ('declared', 'time', 'expected'),
+    [
+        *((None, time, 'BraTS2023') for time in ('000', '001', '099')),
+        *((None, time, 'BraTS2024') for time in ('100', '999')),
+        *((name, time, name) for name in ('BraTS2023', 'BraTS2024') for time in ('000', '101')),
+    ],
+)
+def test_detect_followsTheTimePointOrWhatIsDeclared(declared, time, expected):
+    """GLI below 100 has the labels of 2023, from 100 on of 2024; a declared edition claims all of GLI, nothing else."""
     config.EDITION = declared
-    for time in ('000', '101'):
-        assert editions.detect(f'BraTS-GLI-00001-{time}-t1c.nii.gz').edition == expected
+    assert editions.detect(f'BraTS-GLI-00001-{time}-t1c.nii.gz').edition == expected
     assert editions.detect('BraTS2021_00001_t1ce.nii.gz').edition == 'BraTS2021'
 
 
 def test_readCase_refusesACavityBeforeTreatment(tmp_path):
-    """A 4 below time point 100 is an error that says why; from 100 on it is background, or class 4 of five."""
+    """A 4 below time point 100 is an error with a hint; from 100 on, or if declared, background, or class 4 of five."""
     label = labelOf(1, 2, 3, 4)
-    paths = writeGLI(tmp_path, '001', label)
-    with pytest.raises(
-        ValueError, match=r'BraTS-GLI-00007-001: .*labels \[0, 1, 2, 3, 4\].*below 100.*before treatment'
-    ):
-        patients.readCase(paths)
-    paths = writeGLI(tmp_path, '100', label)
-    np.testing.assert_array_equal(patients.readCase(paths)[1], labelOf(1, 2, 3, 0))
+    before = writeGLI(tmp_path, '001', label)
+    words = r"BraTS-GLI-00007-001: .*labels \[0, 1, 2, 3, 4\].*below 100.*before treatment.*EDITION = 'BraTS2024'"
+    with pytest.raises(ValueError, match=words):
+        patients.readCase(before)
+    after = writeGLI(tmp_path, '100', label)
+    np.testing.assert_array_equal(patients.readCase(after)[1], labelOf(1, 2, 3, 0))
+    config.EDITION = 'BraTS2024'
+    np.testing.assert_array_equal(patients.readCase(before)[1], labelOf(1, 2, 3, 0))
     config.NO_CLASSES = 5
-    np.testing.assert_array_equal(patients.readCase(paths)[1], label)
+    np.testing.assert_array_equal(patients.readCase(after)[1], label)
 
 
 @pytest.mark.parametrize(
-    ('edition', 'numClasses', 'expected'),
+    ('edition', 'numClasses', 'classes', 'labels'),
     [
-        ('BraTS2020', 4, {0: 0, 1: 1, 2: 2, 4: 3}),
-        ('BraTS2020', 5, {0: 0, 1: 1, 2: 2, 4: 3}),  # never class 4
-        ('BraTS2020', 2, {0: 0, 1: 1, 2: 1, 4: 1}),
-        ('BraTS2024', 4, {0: 0, 1: 1, 2: 2, 3: 3, 4: 0}),
-        ('BraTS2024', 5, {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}),
-        ('BraTS2024', 2, {0: 0, 1: 1, 2: 1, 3: 1, 4: 0}),
-        ('Decathlon', 5, {0: 0, 1: 2, 2: 1, 3: 3}),
+        ('BraTS2020', 4, {0: 0, 1: 1, 2: 2, 4: 3}, {0: 0, 1: 1, 2: 2, 3: 4}),
+        ('BraTS2020', 5, {0: 0, 1: 1, 2: 2, 4: 3}, {0: 0, 1: 1, 2: 2, 3: 4, 4: 0}),  # never class 4
+        ('BraTS2020', 2, {0: 0, 1: 1, 2: 1, 4: 1}, {0: 0, 1: 1}),
+        ('BraTS2024', 4, {0: 0, 1: 1, 2: 2, 3: 3, 4: 0}, {0: 0, 1: 1, 2: 2, 3: 3}),
+        ('BraTS2024', 5, {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}, {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}),
+        ('BraTS2024', 2, {0: 0, 1: 1, 2: 1, 3: 1, 4: 0}, {0: 0, 1: 1}),
+        ('Decathlon', 5, {0: 0, 1: 2, 2: 1, 3: 3}, {0: 0, 1: 2, 2: 1, 3: 3, 4: 0}),
     ],
 )
-def test_classesOf_followsTheNumberOfClasses(edition, numClasses, expected):
-    """The cavity is background, or class 4 of five; with two classes all tumor is 1, and the cavity is not tumor."""
+def test_classesOf_followsTheNumberOfClasses(edition, numClasses, classes, labels):
+    """With two classes all tumor is 1, and the cavity is not tumor; labelsOf inverts the table, with a cavity as 0."""
     config.NO_CLASSES = numClasses
-    assert editions.classesOf(edition) == expected
-
-
-def test_labelsOf_invertsTheTable():
-    """Each class is written as its label; the cavity as background where the edition has none."""
-    config.NO_CLASSES = 5
-    assert editions.labelsOf('BraTS2024') == {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}
-    assert editions.labelsOf('BraTS2020') == {0: 0, 1: 1, 2: 2, 3: 4, 4: 0}
-    config.NO_CLASSES = 4
-    assert editions.labelsOf('BraTS2024') == {0: 0, 1: 1, 2: 2, 3: 3}
-    config.NO_CLASSES = 2
-    assert editions.labelsOf('BraTS2020') == {0: 0, 1: 1}
+    assert editions.classesOf(edition) == classes and editions.labelsOf(edition) == labels
 
 
 def test_saveSegmentation_writesTheCavity(tmp_path):
@@ -108,25 +93,21 @@ def test_saveSegmentation_writesTheCavity(tmp_path):
     config.NO_CLASSES = 5
     classes = labelOf(1, 2, 3, 4).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
     after = writeGLI(tmp_path, '101', labelOf(1, 2, 3, 4))
-    postprocess.saveSegmentation(classes, after, tmp_path / 'out' / f'{after.name}.nii.gz')
+    patients.saveSegmentation(classes, after, tmp_path / 'out' / f'{after.name}.nii.gz')
     y, yhat = postprocess.readPrediction(after, tmp_path / 'out')
     np.testing.assert_array_equal(yhat, classes)
     np.testing.assert_array_equal(y, classes)
     before = writeGLI(tmp_path, '000', labelOf(1, 2, 3))
-    with pytest.warns(
-        UserWarning, match='1 voxels of resection cavity are written as background; BraTS2023 has no label'
-    ):
-        postprocess.saveSegmentation(classes, before, tmp_path / 'out.nii.gz')
+    with pytest.warns(UserWarning, match='1 voxels of resection cavity .* as background; BraTS2023 has no label'):
+        patients.saveSegmentation(classes, before, tmp_path / 'out.nii.gz')
     np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / 'out.nii.gz').dataobj), labelOf(1, 2, 3))
     config.NO_CLASSES = 4
-    with pytest.raises(
-        ValueError, match=r'classes \[0 1 2 3 4\]; 0, 1, 2, 3 were expected, which have a label in BraTS2024'
-    ):
-        postprocess.saveSegmentation(classes, after, tmp_path / 'out.nii.gz')
+    with pytest.raises(ValueError, match=r'\[0 1 2 3 4\]; 0, 1, 2, 3 were expected, which have a label in BraTS2024'):
+        patients.saveSegmentation(classes, after, tmp_path / 'out.nii.gz')
 
 
 def test_makeFileList_prefersUpennsSegmentationsByHand(tmp_path, capsys):
-    """By hand wins over automatic, whichever is found first; which are automatic is printed, and checkFiles says it."""
+    """By hand wins over automatic, whichever is found first; automatic ones are counted, and are findings."""
     for number in (1, 2, 3):
         stem = f'UPENN-GBM-{number:05d}_11'
         image, classes = drawCases(1, number)[0]
@@ -138,66 +119,40 @@ def test_makeFileList_prefersUpennsSegmentationsByHand(tmp_path, capsys):
     df = patients.makeFileList(tmp_path)
     assert [patients.readLabel(paths).max() for _, paths in df.iterrows()] == [1, 1, 2]
     assert '1 segmentations are automatic, without correction by hand; for 2 patients one' in capsys.readouterr().out
+    touch(tmp_path, 'automated_segm/UPENN-GBM-00004_11_automated_approx_segm.nii.gz')
+    assert len(patients.makeFileList(tmp_path)) == 3
+    assert 'UPENN-GBM-00004_11 has no image' in capsys.readouterr().out
     found = cohort.checkFiles(df)
     isAutomatic = found['finding'] == 'segmented automatically, and not corrected by hand'
     assert found.loc[isAutomatic, ['patient', 'stops']].to_numpy().tolist() == [['UPENN-GBM-00003_11', False]]
 
 
-def test_makeFileList_ignoresAnAutomaticSegmentationWithoutImages(tmp_path, capsys):
-    """A segmentation whose patient's images are not there is named and ignored, an automatic one as any other."""
-    touch(tmp_path, *names('BraTS2021_00001'), 'automated_segm/UPENN-GBM-00004_11_automated_approx_segm.nii.gz')
-    assert list(patients.makeFileList(tmp_path).index) == ['BraTS2021_00001']
-    assert 'UPENN-GBM-00004_11 has no image' in capsys.readouterr().out
-
-
 def test_makeFileList_ignoresOtherSeriesOfUCSF(tmp_path):
     """Bias-corrected images, diffusion and brain masks are no modalities; follow-ups are patients of their own."""
     for stem in ('UCSF-PDGM-0431', 'UCSF-PDGM-0431_FU001d'):
-        ends = (
-            'T1',
-            'T1_bias',
-            'T1c',
-            'T1c_bias',
-            'T2',
-            'FLAIR',
-            'SWI',
-            'ADC',
-            'brain_segmentation',
-            'tumor_segmentation',
-        )
-        touch(tmp_path, *(f'{stem}_nifti/{stem}_{end}.nii.gz' for end in ends))
+        ends = 'T1 T1_bias T1c T1c_bias T2 FLAIR SWI ADC brain_segmentation tumor_segmentation'
+        touch(tmp_path, *(f'{stem}_nifti/{stem}_{end}.nii.gz' for end in ends.split()))
     df = patients.makeFileList(tmp_path)
     assert list(df.index) == ['UCSF-PDGM-0431', 'UCSF-PDGM-0431_FU001d'] and df.notna().all(axis=None)
     assert df.loc['UCSF-PDGM-0431', 't1ce'].endswith('0431_T1c.nii.gz')
 
 
-def test_findSubjects_joinsTheScansOfASubject(tmp_path):
-    """Time points of GLI before and after treatment and follow-ups of UCSF and UPENN are scans of one subject."""
-    touch(
-        tmp_path,
-        *namesNewer('BraTS-GLI-00001-000'),
-        *namesNewer('BraTS-GLI-00001-101'),
-        *namesNewer('BraTS-GoAT-00001'),
-    )
-    for stem in ('UCSF-PDGM-0431', 'UCSF-PDGM-0431_FU001d', 'UPENN-GBM-00001_11', 'UPENN-GBM-00001_21'):
-        touch(tmp_path, f'{stem}/{stem}_FLAIR.nii.gz')
-    subjects = cohort.findSubjects(patients.makeFileList(tmp_path))
-    groups = sorted(sorted(group) for group in subjects.groupby(subjects).groups.values())
-    assert groups == [
-        ['BraTS-GLI-00001-000', 'BraTS-GLI-00001-101'],
-        ['BraTS-GoAT-00001'],
-        ['UCSF-PDGM-0431', 'UCSF-PDGM-0431_FU001d'],
-        ['UPENN-GBM-00001_11', 'UPENN-GBM-00001_21'],
-    ]
-
-
-def test_withoutTime_takesIdsInAnyCase():
-    """A file name is read in lower case too, and its time point is one then: else a subject is in two sets."""
-    for patient in ('brats-gli-00001-000', 'BRATS-GLI-00001-101', 'ucsf-pdgm-0431_fu001d'):
-        assert editions.detect(f'{patient}{"_flair" if "ucsf" in patient else "-t2f"}.nii.gz').patient == patient
-    assert editions.withoutTime('brats-gli-00001-000') == 'brats-gli-00001'
-    assert editions.withoutTime('BRATS-GLI-00001-101') == 'BRATS-GLI-00001'
-    assert editions.withoutTime('ucsf-pdgm-0431_fu001d') == 'ucsf-pdgm-0431'
+@pytest.mark.parametrize(
+    ('subject', 'time', 'ending'),
+    [
+        ('BraTS-GLI-00001', '-101', '-t2f'),
+        ('brats-gli-00001', '-000', '-t2f'),
+        ('BraTS-SSA-00001', '-000', '-t2f'),
+        ('BraTS-GoAT-00001', '', '-t2f'),
+        ('UCSF-PDGM-0431', '_FU001d', '_FLAIR'),
+        ('ucsf-pdgm-0431', '_fu001d', '_flair'),
+        ('UPENN-GBM-00001', '_21', '_FLAIR'),
+    ],
+)
+def test_withoutTime_returnsTheSubject(subject, time, ending):
+    """Time points of GLI and SSA, follow-ups of UCSF and UPENN are left out of an id, in any case."""
+    assert editions.detect(f'{subject}{time}{ending}.nii.gz').patient == subject + time
+    assert editions.withoutTime(subject + time) == subject
 
 
 def test_detectPatient_takesTheIdAlone():
@@ -212,11 +167,9 @@ def test_detectPatient_takesTheIdAlone():
 
 
 def test_countWithCavity_addsItToFourClassesOnly():
-    """The cavity is class 4 beside four classes; two and three stay, so that class 3 is refused and no cavity."""
-    found = {}
-    for config.NO_CLASSES in (2, 3, 4, 5, 6):
-        found[config.NO_CLASSES] = editions.countWithCavity()
-    assert found == {2: 2, 3: 3, 4: 5, 5: 5, 6: 6}
+    """Four classes become five, the cavity among them; other numbers stay."""
+    for config.NO_CLASSES, expected in ((2, 2), (3, 3), (4, 5), (5, 5), (6, 6)):
+        assert editions.countWithCavity() == expected
 
 
 @pytest.mark.parametrize('declared', [None, 'BraTS2023'])
@@ -246,27 +199,19 @@ def test_checkFiles_takesASegmentationOfAnyName(tmp_path):
     assert not cohort.checkFiles(df)['stops'].any()
 
 
-def test_findOnKaggle_findsTheSlices(tmp_path, monkeypatch):
-    """If only the .h5 slices are attached, their folder is the data folder: makeFileList refuses it in words."""
-    monkeypatch.setattr(config, 'Path', lambda path: tmp_path)
-    assert config._findOnKaggle.__wrapped__() is None
-    touch(tmp_path, 'brats2020-training-data/content/data/volume_41_slice_12.h5')
-    assert config._findOnKaggle.__wrapped__() == str(tmp_path)
-
-
 @pytest.mark.parametrize(
     ('file', 'words'),
     [
-        (
-            'data/volume_41_slice_12.h5',
-            r'single slices of BraTS 2020.*Attach .*awsaf49/brats20-dataset-training-validation',
-        ),
+        ('data/volume_41_slice_12.h5', r'slices of BraTS 2020.*Attach .*awsaf49/brats20-dataset-training-validation'),
         ('HGG/brats_1/VSD.Brain.XX.O.MR_Flair.1/VSD.Brain.XX.O.MR_Flair.1.mha', 'BraTS 2013 to 2016.*not read'),
     ],
 )
-def test_makeFileList_saysWhichDataSetToTakeInstead(tmp_path, file, words):
-    """Slices of 2020 in .h5, and the .mha of the first years, are refused with what to take instead."""
+def test_makeFileList_saysWhichDataSetToTakeInstead(tmp_path, monkeypatch, file, words):
+    """Slices of 2020 in .h5, also found on Kaggle, and the .mha of the first years are refused with what to take."""
+    monkeypatch.setattr(config, 'Path', lambda path: tmp_path)
+    assert config._findOnKaggle.__wrapped__() is None
     touch(tmp_path, file)
+    assert config._findOnKaggle.__wrapped__() == (str(tmp_path) if file.endswith('.h5') else None)
     with pytest.raises(FileNotFoundError, match=words):
         patients.makeFileList(tmp_path)
 
@@ -284,23 +229,10 @@ def test_ownEdition_isReadAsDescribed(tmp_path, clinic):
     read, label = patients.readCase(df.loc['case7'])
     np.testing.assert_array_equal(read, [image, image + 1])
     np.testing.assert_array_equal(label, labelOf(1, 1))
-    postprocess.saveSegmentation(label.transpose(2, 0, 1), df.loc['case7'], tmp_path / 'out.nii.gz')
+    patients.saveSegmentation(label.transpose(2, 0, 1), df.loc['case7'], tmp_path / 'out.nii.gz')
     np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / 'out.nii.gz').dataobj), mask)
     assert patients.readCase(df.loc['BraTS2021_00001'])[1].max() == 1
     assert list(cohort.describeCohort(df).columns) == ['edition', 'grade', 'subject', 'tumor']
-
-
-def test_ownEdition_ofMasksNeedsTwoClasses(tmp_path, clinic):
-    """Masks of tumor or not are refused as long as class 1 is the necrotic core, with what to set."""
-    save(labelOf(255), tmp_path / 'case1_mask.nii.gz')
-    paths = pd.Series({'seg': str(tmp_path / 'case1_mask.nii.gz')}, name='case1')
-    with pytest.raises(ValueError, match=r'Clinic has masks of tumor or not.*set it to 2; .*necrotic core'):
-        patients.readLabel(paths)
-
-
-def test_ownEdition_travelsToOtherProcesses(clinic):
-    """The processes of an ensemble get it with the other values of config."""
-    assert train._valuesOf({'seed': 1}, 'member')['OWN_EDITIONS'] == {'Clinic': clinic}
 
 
 @pytest.mark.parametrize(
@@ -317,8 +249,10 @@ def test_Edition_refusesWhatCannotBeRead(change, words):
         editions.Edition(**{'patient': 'a', 'suffixes': {'t1': ('t1',)}, 'classes': {0: 0, 1: 1}} | change)
 
 
-def test_classesOf_refusesAClassThatConfigHasNot():
-    """An edition with a class beyond config.NO_CLASSES is refused, but for the cavity."""
+def test_classesOf_refusesOtherClassesThanThoseOfConfig(clinic):
+    """A class beyond config.NO_CLASSES is refused, and masks of tumor or not while class 1 is the necrotic core."""
+    with pytest.raises(ValueError, match=r'Clinic has masks of tumor or not.*set it to 2; .*necrotic core'):
+        editions.classesOf('Clinic')
     config.NO_CLASSES, config.CLASS_NAMES = 3, ('background', 'core', 'edema')
     with pytest.raises(ValueError, match=r'BraTS2020 has the class 3; 0 to 2 were expected'):
         editions.classesOf('BraTS2020')
@@ -326,17 +260,11 @@ def test_classesOf_refusesAClassThatConfigHasNot():
 
 def test_config_classesFollowTheirNumber():
     """Names, colors and regions follow NO_CLASSES; another number has to bring its own."""
-    for number, regions in (
-        (2, ['WT']),
-        (4, ['WT', 'TC', 'ET', 'NCR', 'ED']),
-        (5, ['WT', 'TC', 'ET', 'NCR', 'ED', 'RC']),
-    ):
+    for number, regions in ((2, 'WT'), (4, 'WT TC ET NCR ED'), (5, 'WT TC ET NCR ED RC')):
         config.NO_CLASSES = number
-        assert len(config.CLASS_NAMES) == len(config.CLASS_COLORS) == number and list(config.REGIONS) == regions
+        assert len(config.CLASS_NAMES) == len(config.CLASS_COLORS) == number and ' '.join(config.REGIONS) == regions
     assert config.CLASS_NAMES[4] == 'resection cavity' and config.REGIONS['RC'] == (4,)
     config.NO_CLASSES = 3
     for name in ('CLASS_NAMES', 'REGIONS'):
-        with pytest.raises(
-            ValueError, match=r'NO_CLASSES is 3; .* set config\.CLASS_NAMES, CLASS_COLORS and REGIONS too'
-        ):
+        with pytest.raises(ValueError, match=r'NO_CLASSES is 3; .* set config\.CLASS_NAMES, CLASS_COLORS and REGIONS'):
             getattr(config, name)

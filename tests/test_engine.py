@@ -1,4 +1,6 @@
 import gc
+import logging
+import math
 import multiprocessing
 
 import numpy as np
@@ -13,11 +15,9 @@ from monai.inferers import SlidingWindowInferer
 import batched
 import config
 import engine
-import identity
 import preprocess
-import recipe
+import provenance
 import utils
-import windows
 from conftest import COLUMNS
 
 SCALER = torch.amp.GradScaler('cuda', enabled=False)
@@ -27,7 +27,7 @@ PATIENTS = ['BraTS20_Training_001', 'BraTS20_Training_002', 'BraTS20_Training_00
 @pytest.fixture
 def inFloat32(monkeypatch):
     """Switch autocast off, so that results can be compared closely."""
-    monkeypatch.setattr(recipe, 'precision', lambda device: None)
+    monkeypatch.setattr(engine, 'precision', lambda device: None)
 
 
 def makeBatches(numBatches=5, size=6, seed=0):
@@ -62,6 +62,133 @@ def makePatient(writeCase, shape=(70, 45, 5), patient=PATIENTS[0]):
     image[:, 5:60, 3:-1, 1:-1] = generator.integers(1, 900, (4, *inner))
     label[5:60, 3:-1, 1:-1] = generator.choice([0, 1, 2, 4], inner)
     return writeCase(dict(zip(COLUMNS, (*image, label), strict=True)), patient), label
+
+
+# What makes a model and trains it
+
+
+def test_makeModel_followsConfig():
+    """The channels follow the modalities, and the output has NO_CLASSES channels."""
+    config.ENCODER_NAME, config.DECODER_CHANNELS = 'resnet18', (32, 16, 16, 8, 8)
+    config.MODALITIES, config.NO_CLASSES = ('t1', 't1ce', 't2', 'flair'), 5
+    assert engine.makeModel()(torch.zeros(2, 4, 64, 32)).shape == (2, 5, 64, 32)
+
+
+def test_availableWeights_areNoneOffline(monkeypatch, capsys, caplog):
+    """If the download fails, one message says so; the model then equals one made without pretrained weights."""
+    config.ENCODER_NAME, config.DECODER_CHANNELS = 'resnet18', (32, 16, 16, 8, 8)
+    torch.manual_seed(0)
+    expected, drawn = engine.makeModel(), torch.rand(1)
+
+    def fail(name, weights):
+        assert (name, weights) == ('resnet18', 'imagenet')
+        torch.rand(3)
+        logging.getLogger('huggingface_hub').warning('retrying')
+        raise OSError('the hub cannot be reached\nsecond line')
+
+    monkeypatch.setattr(smp.encoders, 'get_encoder', fail)
+    config.ENCODER_WEIGHTS = 'imagenet'
+    torch.manual_seed(0)
+    assert torch.equal(flatten(engine.makeModel()), flatten(expected)) and torch.equal(torch.rand(1), drawn)
+    printed = capsys.readouterr().out
+    assert 'The imagenet weights of resnet18 cannot be loaded (the hub cannot be reached)' in printed
+    assert not caplog.records
+    logging.getLogger('huggingface_hub').warning('another')
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(('gamma', 'expected'), [(0, math.log(2)), (1, math.log(2) / 2), (2, math.log(2) / 4)])
+def test_makeCriterion_weighsByGamma(gamma, expected):
+    """With all logits 0 each class has probability 1/2, so the focal loss is log(2) / 2 ** gamma."""
+    config.LOSS, config.LOSS_GAMMA = 'focal', gamma
+    loss = engine.makeCriterion()(torch.zeros(2, 4, 8, 8), torch.ones(2, 8, 8, dtype=torch.long))
+    assert loss.shape == () and float(loss) == pytest.approx(expected)
+
+
+def test_precision_dependsOnTheDevice(monkeypatch):
+    """A GPU with native bfloat16 computes in it, an older one in float16; autocast is off on mps."""
+    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation, native=native: native)
+        assert engine.precision('cuda') is expected
+    assert engine.precision('mps') is None
+
+
+def test_makeCriterion_sumsDiceAndCrossEntropy():
+    """With equal logits: cross-entropy log(4); each class that is there has Dice 2 * 1/4 n / (1/4 N + n)."""
+    config.LOSS = 'dice+ce'
+    label = torch.zeros(1, 4, 4, dtype=torch.long)
+    label[0, 0] = 2  # 4 of 16 pixels; the other two classes are absent and count 0
+    losses = [1 - 2 * n / 4 / (16 / 4 + n) for n in (12, 4)]
+    expected = math.log(4) + sum(losses) / 4
+    assert float(engine.makeCriterion()(torch.zeros(1, 4, 4, 4), label)) == pytest.approx(expected)
+    config.LOSS = 'hinge'
+    with pytest.raises(ValueError, match=r"config\.LOSS is 'hinge'"):
+        engine.makeCriterion()
+
+
+def test_makeScheduler_warmsUpAndDecays():
+    """100 steps with a warm-up of 4: fifths of the rate at first, half ** 0.9 in the middle, 0 after the last."""
+    config.SCHEDULE, config.WARMUP, config.POLY_POWER = 'poly', 4, 0.9
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 2.0)
+    scheduler, rates = engine.makeScheduler(optimizer, 100), []
+    for _ in range(101):
+        rates.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == pytest.approx(2 / 5) and rates[2] == pytest.approx(2 * 3 / 5 * 0.98**0.9)
+    assert rates[50] == pytest.approx(2 * 0.5**0.9) and rates[100] == 0 and max(rates) == rates[4]
+    config.SCHEDULE = 'plateau'
+    assert isinstance(engine.makeScheduler(optimizer, 9), torch.optim.lr_scheduler.ReduceLROnPlateau)
+    config.SCHEDULE = 'cosine'
+    with pytest.raises(ValueError, match=r"config\.SCHEDULE is 'cosine'"):
+        engine.makeScheduler(optimizer, 9)
+
+
+def test_makeAverage_reachesBackOverAFractionOfTheSteps():
+    """After many steps of weight 1 following steps of weight 0, the average is 1 - (1 - 1/20) ** steps; early, more."""
+    config.AVERAGE = 0.05
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = engine.makeAverage(model, 400)  # 20 steps
+    with torch.no_grad():
+        model.weight.fill_(0)
+        for _ in range(300):
+            average.update_parameters(model)
+        model.weight.fill_(1)
+        for _ in range(10):
+            average.update_parameters(model)
+    assert average.module.weight.item() == pytest.approx(1 - 0.95**10, abs=1e-5)
+    early = engine.makeAverage(model, 400)
+    with torch.no_grad():
+        for value in (5.0, 3.0):
+            model.weight.fill_(value)
+            early.update_parameters(model)
+    assert early.module.weight.item() == pytest.approx(5 * 2 / 11 + 3 * 9 / 11, rel=1e-5)
+    config.AVERAGE = 0
+    assert engine.makeAverage(model, 400) is None
+
+
+def test_train_stepsTheScheduleAndTheAverage():
+    """After an epoch of 6 of 12 steps the rate is half decayed, and the average lies between start and end."""
+    config.SCHEDULE, config.AVERAGE, config.POLY_POWER = 'poly', 0.5, 1.0
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    scheduler, average = engine.makeScheduler(optimizer, 12), engine.makeAverage(model, 12)
+    engine.train(model, torch.nn.CrossEntropyLoss(), optimizer, SCALER, makeBatches(6, 4), None, scheduler, average)
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(0.05)
+    assert int(average.n_averaged) == 6 and not torch.equal(flatten(average.module), flatten(model))
+    assert torch.isfinite(average.module[1].running_mean).all()
+    assert not torch.equal(average.module[1].running_mean, model[1].running_mean)
+
+
+def test_train_leavesAPlateauToItsLoss():
+    """ReduceLROnPlateau is not stepped by batches: it waits for a validation loss."""
+    config.SCHEDULE = 'plateau'
+    model = torch.nn.Conv2d(3, 4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = engine.makeScheduler(optimizer, 12)
+    engine.train(model, torch.nn.CrossEntropyLoss(), optimizer, SCALER, makeBatches(6, 4), None, scheduler)
+    assert scheduler.last_epoch == 0 and optimizer.param_groups[0]['lr'] == 0.1
 
 
 # Training and validation
@@ -160,6 +287,17 @@ def test_train_worksAfterValidate(inFloat32):
     assert model.training and not any(weight.is_inference() for weight in model.parameters())
 
 
+class Fixed(torch.nn.Module):
+    """Logits that say the class which the first input channel holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return 9.0 * torch.nn.functional.one_hot(x[:, 0].long(), 4).movedim(-1, 1)
+
+
 def test_validate_averagesTheDiceOverPatients(inFloat32):
     """Patient a has 2 of 4 + 4 pixels of WT right in two patches, b has none: (4/8 + 1) / 2; shuffled, 4/8 of all."""
 
@@ -174,14 +312,6 @@ def test_validate_averagesTheDiceOverPatients(inFloat32):
             true = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]])[index]
             return predicted[None, None].float(), true[None]
 
-    class Fixed(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
-
-        def forward(self, x):
-            return 9.0 * torch.nn.functional.one_hot(x[:, 0].long(), 4).movedim(-1, 1)
-
     loaders = [torch.utils.data.DataLoader(Patches(), 2), torch.utils.data.DataLoader(Patches(), 2, shuffle=True)]
     loaders.append(torch.utils.data.DataLoader(torch.utils.data.Subset(Patches(), [1, 2]), 1))
     found = [engine.validate(Fixed(), torch.nn.CrossEntropyLoss(), loader, dice=True)[1]['WT'] for loader in loaders]
@@ -190,14 +320,6 @@ def test_validate_averagesTheDiceOverPatients(inFloat32):
 
 def test_validate_countsTheDiceOfTheRegions(inFloat32):
     """Six pixels by hand: WT has 3 of 4 + 4, TC 2 of 3 + 3, ET 1 of 1 + 2; over two batches; without any it is 1."""
-
-    class Fixed(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
-
-        def forward(self, x):
-            return 9.0 * torch.nn.functional.one_hot(x[:, 0].long(), 4).movedim(-1, 1)
 
     true = torch.tensor([[[0, 1, 1], [2, 3, 0]]])
     predicted = torch.tensor([[[0, 1, 3], [0, 3, 2]]])
@@ -278,17 +400,20 @@ def addTruth(subject):
     return {**subject, 'x4': subject['y'].float()}
 
 
-@pytest.mark.parametrize('shape', [(70, 45, 5), (64, 64, 4), (60, 20, 3)])
-@pytest.mark.parametrize('options', [{}, {'patchStride': 24}, {'patchStride': 7}, {'patchStride': 24, 'mirror': True}])
-def test_predict_returnsTheTruthOfAnOracle(writeCase, shape, options):
+@pytest.mark.parametrize('planes', [('axial',), ('coronal',), ('axial', 'coronal', 'sagittal')])
+@pytest.mark.parametrize('shape', [(70, 45, 5), (60, 20, 3)])
+@pytest.mark.parametrize('options', [{}, {'patchStride': 24}, {'patchStride': 7, 'mirror': True}])
+def test_predict_returnsTheTruthOfAnOracle(writeCase, shape, options, planes):
     """A model that returns the truth it is shown is right at every voxel: windows are put back where they were cut."""
     paths, label = makePatient(writeCase, shape)
     config.MODALITIES = ('t1', 't1ce', 't2', 'flair')
     config.PREDICT_BATCH = 3
-    x, y, yhat = engine.predict(paths, Oracle(), transform=addTruth, **options)
+    options = {**options, 'planes': planes, 'probabilities': True}
+    x, y, yhat, probability = engine.predict(paths, Oracle(), transform=addTruth, **options)
     assert x.shape == (shape[2], 4, *shape[:2]) and x.dtype == torch.float32
     assert y.shape == yhat.shape == (shape[2], *shape[:2]) and y.dtype == yhat.dtype == torch.int64
     np.testing.assert_array_equal(yhat, np.where(label == 4, 3, label).transpose(2, 0, 1))
+    np.testing.assert_allclose(probability.sum(1), 1, atol=1e-5)
     assert torch.equal(y, yhat)
 
 
@@ -324,25 +449,12 @@ def test_predict_averagesThePlanes(writeCase, inFloat32):
     assert (expected['axial'] - mean).abs().max() > 0.1
 
 
-@pytest.mark.parametrize('options', [{}, {'patchStride': 24}, {'patchStride': 7, 'mirror': True}])
-def test_predict_returnsTheTruthOfAnOracleInEveryPlane(writeCase, options):
-    """A model that returns the truth it is shown is right at every voxel, whatever planes are averaged."""
-    paths, label = makePatient(writeCase, (70, 45, 9))
-    config.MODALITIES = ('t1', 't1ce', 't2', 'flair')
-    for planes in (('coronal',), ('sagittal',), ('axial', 'coronal', 'sagittal')):
-        _, _, yhat, probability = engine.predict(
-            paths, Oracle(), transform=addTruth, planes=planes, probabilities=True, **options
-        )
-        np.testing.assert_array_equal(yhat, np.where(label == 4, 3, label).transpose(2, 0, 1))
-        np.testing.assert_allclose(probability.sum(1), 1, atol=1e-5)
-
-
 def test_predict_averagesTheMembersOfAnEnsemble(writeCase, inFloat32):
     """Each member gives the mean of its own planes, and the ensemble the mean of its members."""
     paths, _ = makePatient(writeCase, (70, 36, 20))
     models = Lean(), makeUnet()
-    own = {'planes': ['coronal', 'sagittal'], 'activation': 'softmax', 'earlier': {}, 'patients': {}}
-    models[1].identity = identity.configured() | own
+    settings = provenance.configured() | {'planes': ['coronal', 'sagittal'], 'activation': 'softmax'}
+    models[1].provenance = {'settings': settings, 'earlier': {}, 'patients': {}}
     with pytest.warns(UserWarning, match='config.PLANES is'):
         x, _, yhat, found = engine.predict(paths, models, probabilities=True)
     axial = engine.predict(paths, models[0], probabilities=True)[3]
@@ -444,7 +556,7 @@ def test_predict_boundsItsMemoryAndPadsWithBackground(writeCase, monkeypatch, st
     """At most PREDICT_BATCH windows, or one slice, are held at a time; beyond a small image lies its lowest value."""
     config.DEVICE, config.PREDICT_BATCH, config.PATCH_SIZE = 'cuda:77', 3, 64
     paths, _ = makePatient(writeCase, (70, 45, 9))
-    batchSizes, ends, heldSlices, average = set(), set(), set(), windows._averageWindows
+    batchSizes, ends, heldSlices, average = set(), set(), set(), engine._averageWindows
 
     class Spy(torch.nn.Module):
         def forward(self, patches):
@@ -456,7 +568,7 @@ def test_predict_boundsItsMemoryAndPadsWithBackground(writeCase, monkeypatch, st
         heldSlices.add(len({number for number, *_ in places}))
         return average(x, places, *options)
 
-    monkeypatch.setattr(windows, '_averageWindows', spy)
+    monkeypatch.setattr(engine, '_averageWindows', spy)
     engine.predict(paths, Spy(), patchStride=stride, device=torch.device('cpu'))
     assert batchSizes == expected and heldSlices == {1} and ends == {-1}
 

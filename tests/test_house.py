@@ -1,6 +1,8 @@
-"""Test that each module stays in its room: what it imports."""
+"""Test that each room of the house imports only the rooms above it, and that a family's door only hands on names."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,50 +14,28 @@ ROOMS = {
     'config': '',
     'atomic': '',
     'ranks': '',
-    'volumes': '',
-    'editions': 'config',
-    'patients': 'config editions volumes',
-    'parallel': 'config',
-    'saving': 'config atomic editions patients',
-    'folders': 'atomic',
-    'predictor': 'editions folders patients saving volumes',
-    'subjects': 'editions patients',
-    'cohort': 'config atomic editions parallel patients subjects volumes',
-    'transforms': 'config patients volumes',
-    'fingerprint': '',
-    'identity': 'config editions fingerprint patients transforms',
-    'parts': 'identity',
-    'trained': 'config editions identity patients transforms volumes',
-    'recipe': 'config ranks trained',
-    'preprocess': 'config atomic identity parallel patients transforms volumes',
-    'batched': 'config transforms',
-    'windows': 'config recipe volumes',
-    'engine': 'config parallel patients ranks recipe trained transforms volumes windows',
-    'checkpoints': 'config atomic identity ranks recipe trained',
-    'metrics': 'config',
-    'components': 'config metrics',
-    'quality': 'config atomic editions',
-    'scoring': 'config components editions metrics parallel patients',
-    'postprocess': 'config atomic components editions engine fingerprint identity metrics parallel patients quality '
-    'saving scoring trained',
-    'pictures': 'config atomic editions patients transforms metrics quality volumes',
-    'followup': 'editions',
-    'review': 'config editions metrics patients pictures scoring',
-    'report': 'config atomic editions followup metrics parallel patients pictures review scoring subjects',
-    'utils': '*',
-    'train': 'config batched checkpoints cohort engine preprocess ranks recipe utils',
-    'card': 'atomic editions metrics subjects',
-    'deploy': 'config atomic card checkpoints components editions folders identity metrics patients predictor recipe '
-    'trained',
+    'patients': 'config atomic',
     'phantom': 'config atomic',
+    'transforms': 'config patients',
+    'provenance': 'config patients transforms',
+    'preprocess': 'config atomic patients transforms provenance',
+    'dataset': 'config provenance transforms',
+    'batched': 'config transforms',
+    'engine': 'config patients transforms provenance ranks',
+    'checkpoints': 'config atomic ranks provenance engine',
+    'metrics': 'config',
+    'postprocess': 'config atomic engine metrics patients provenance',
+    'pictures': 'config atomic metrics patients transforms postprocess',
+    'utils': '*',
+    'train': 'config batched checkpoints dataset engine patients preprocess ranks transforms',
+    'report': 'config atomic metrics patients pictures postprocess',
+    'predictor': 'atomic patients',
+    'deploy': 'config atomic checkpoints engine metrics patients postprocess predictor provenance',
     'benchmarks': '*',
 }
-FAMILIES = ('batched', 'metrics', 'pictures', 'benchmarks')
-FILES = sorted([*HOME.glob('*.py'), *(file for family in FAMILIES for file in (HOME / family).glob('*.py'))])
-
-
-def nameOf(file):
-    return str(file.relative_to(HOME))
+FILES = sorted(
+    file for pattern in ('*.py', '*/*.py') for file in HOME.glob(pattern) if file.relative_to(HOME).parts[0] != 'tests'
+)
 
 
 def roomOf(file):
@@ -63,24 +43,10 @@ def roomOf(file):
     return file.relative_to(HOME).parts[0].removesuffix('.py')
 
 
-def above(room):
-    """Return the rooms that stand above one in the table."""
-    return list(ROOMS)[: list(ROOMS).index(room)]
-
-
-def allowed(room):
-    """Return the rooms that one may import."""
-    return set(above(room) if ROOMS[room] == '*' else ROOMS[room].split())
-
-
-def parse(file):
-    return list(ast.walk(ast.parse(file.read_text())))
-
-
 def importsOf(file):
     """Return the top-level names of all modules that a module imports, also inside functions."""
     modules = set()
-    for node in parse(file):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -88,27 +54,36 @@ def importsOf(file):
     return {module.split('.')[0] for module in modules}
 
 
-def test_rooms_areThoseOfTheTable():
-    """Every module belongs to a room of the table, and every room stands below those that it may import."""
+def test_rooms_importOnlyTheRoomsAbove():
+    """Every module belongs to a room and imports only what the table allows, all of which stands above it."""
     assert {roomOf(file) for file in FILES} == set(ROOMS)
-    for room in ROOMS:
-        assert allowed(room) <= set(above(room)), room
+    for number, (room, names) in enumerate(ROOMS.items()):
+        above = set(list(ROOMS)[:number])
+        allowed = above if names == '*' else set(names.split())
+        assert allowed <= above, room
+        for file in FILES:
+            if roomOf(file) == room:
+                assert (importsOf(file) & set(ROOMS)) - {room} <= allowed, file
 
 
-@pytest.mark.parametrize('file', FILES, ids=nameOf)
-def test_module_importsOnlyWhatItsRoomMay(file):
-    """Of our rooms, a module imports its own and those that the table allows."""
-    assert (importsOf(file) & set(ROOMS)) - {roomOf(file)} <= allowed(roomOf(file))
+def test_doors_handOnNamesOnly():
+    """A family's __init__ holds imports and __all__; that of `patients` opens what needs pandas when it is used."""
+    for file in HOME.glob('*/__init__.py'):
+        for node in ast.parse(file.read_text()).body[1:]:
+            isLazy = file.parent.name == 'patients' and isinstance(node, ast.FunctionDef) and node.name == '__getattr__'
+            assert isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign)) or isLazy, f'{file}, line {node.lineno}'
 
 
-def test_families_openWithReExportsOnly():
-    """Only the families have an __init__.py, and it holds a docstring, imports from the family, and __all__."""
-    doors = list(HOME.glob('*/__init__.py'))
-    assert sorted(file.parent.name for file in doors) == sorted(FAMILIES)
-    for file in doors:
-        docstring, *others = ast.parse(file.read_text()).body
-        assert isinstance(docstring, ast.Expr) and isinstance(docstring.value.value, str)
-        for node in others:
-            isReExport = isinstance(node, ast.ImportFrom) and node.module.startswith(f'{file.parent.name}.')
-            isList = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__all__'
-            assert isReExport or isList, f'{nameOf(file)}, line {node.lineno}'
+@pytest.mark.parametrize(
+    ('module', 'absent'),
+    [
+        ('patients', ('pandas', 'torch', 'joblib', 'tqdm')),
+        ('predictor', ('pandas', 'torch', 'torchio', 'segmentation_models_pytorch')),
+        ('dataset', ('matplotlib', 'segmentation_models_pytorch', 'engine', 'pictures')),
+    ],
+)
+def test_import_loadsNoMoreThanItsRoomNeeds(module, absent):
+    """The predictor starts without torch, and a spawned loader worker without pictures."""
+    code = f'import sys, {module}; print([name for name in {absent} if name in sys.modules])'
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=HOME)
+    assert found.stdout.strip() == '[]'

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 import config
-import parallel
 from conftest import listOf
+from patients import parallel
 
 
 @pytest.mark.parametrize('workers', [1, 3, -1])

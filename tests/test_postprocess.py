@@ -10,31 +10,29 @@ import torch
 from scipy import ndimage
 
 import config
-import editions
 import metrics
 import patients
 import phantom
 import postprocess
-from conftest import COLUMNS, save
+from conftest import COLUMNS, NEWER, save
 from metrics.rules import RULES
+from patients import editions
 
-PATIENT = 'BraTS20_Training_001'
+PATIENT, AFTER = 'BraTS20_Training_001', 'BraTS-GLI-00001-101'
 
 # Small components and small enhancing tumors
 
 
 @pytest.mark.parametrize('kind', [torch.from_numpy, np.asarray])
 def test_relabelSmallET_changesFewerThanNVoxels(kind):
-    """Two voxels of ET become necrotic core for N = 3, not for N = 2; the input, its type and dtype stay."""
+    """Two voxels of ET become necrotic core for N = 3, not for N = 2, in a copy of the same type and dtype."""
     classes = np.array([[[0, 1, 2], [3, 3, 0]]], np.int16)
     yhat = kind(classes.copy())
-    relabelled = postprocess.relabelSmallET(yhat, 3)
-    assert type(relabelled) is type(yhat) and relabelled.dtype == yhat.dtype
-    assert relabelled.tolist() == [[[0, 1, 2], [1, 1, 0]]] and yhat.tolist() == classes.tolist()
-    kept = postprocess.relabelSmallET(yhat, 2)
-    assert kept.tolist() == classes.tolist()
-    kept[:] = 0
-    assert yhat.tolist() == classes.tolist()
+    for N, expected in ((3, [[[0, 1, 2], [1, 1, 0]]]), (2, classes.tolist())):
+        found = postprocess.relabelSmallET(yhat, N)
+        assert type(found) is type(yhat) and found.dtype == yhat.dtype and found.tolist() == expected
+        found[:] = 0
+        assert yhat.tolist() == classes.tolist()
 
 
 @pytest.mark.parametrize('kind', [torch.from_numpy, np.asarray])
@@ -108,21 +106,17 @@ def test_tunePostprocessing_findsMl():
 
 
 def test_tunePostprocessing_takesTheSmallestOfEquals():
-    """N and ml are 0 if no value helps, or if one gains as much as it loses."""
+    """N and ml are 0 if no value helps, or if one gains as much as it loses.
+
+    A component that matches a lesion too small to be scored is no false positive: nothing is to be removed.
+    """
     tuning = postprocess.tunePostprocessing({'a': makePair(0, 5), 'b': makePair(4, 4)})
     assert (tuning.N, tuning.gained, tuning.lost) == (0, 0, 0)
-    y = np.zeros((8, 8, 8), int)
-    y[2:6, 2:6, 2:6] = 2
-    assert postprocess.tunePostprocessing({'a': (y, y)})[:2] == (0, 0)
-
-
-def test_tunePostprocessing_keepsComponentsOfUnscoredLesions():
-    """A component that matches a lesion too small to be scored is no false positive: nothing is to be removed."""
     y = np.zeros((10, 10, 30), int)
     y[3:7, 3:7, 2:6] = 2  # 64 mm3
     y[3:5, 3:5, 20:22] = 2  # 8 mm3
     tuning = postprocess.tunePostprocessing({'a': (y, y)})
-    assert tuning.ml == 0 and tuning.curve.set_index('rule')['score']['ml'].tolist() == [1, 1, 1]
+    assert tuning[:2] == (0, 0) and tuning.curve.set_index('rule')['score']['ml'].tolist() == [1, 1, 1]
 
 
 def test_tunePostprocessing_equalsScoringEveryValue():
@@ -171,7 +165,7 @@ def test_saveSegmentation_writesTheImagesGridAndTheEditionsLabels(writeCase, tmp
     nib.save(image, paths['t1ce'])
     yhat = np.zeros((6, 4, 5), np.int64)  # (D, W, H) in RAS order
     yhat[5, 0, 0], yhat[0, 3, 4], yhat[2, 1, 3] = 1, 2, 3
-    postprocess.saveSegmentation(yhat, paths, tmp_path / 'new' / 'out.nii.gz')
+    patients.saveSegmentation(yhat, paths, tmp_path / 'new' / 'out.nii.gz')
     written = nib.load(tmp_path / 'new' / 'out.nii.gz')
     assert written.get_data_dtype() == np.uint8 and (written.dataobj.slope, written.dataobj.inter) == (1, 0)
     for kind in ('get_sform', 'get_qform'):
@@ -193,7 +187,7 @@ def test_saveSegmentation_keepsAGridWithoutSform(writeCase, tmp_path):
         nib.save(plain, paths[modality])
     yhat = np.zeros((6, 4, 5), np.uint8)
     yhat[1, 0, 2] = 3
-    postprocess.saveSegmentation(yhat, paths, tmp_path / 'out.nii')
+    patients.saveSegmentation(yhat, paths, tmp_path / 'out.nii')
     written = nib.load(tmp_path / 'out.nii')
     assert written.header['sform_code'] == 0 and written.header['qform_code'] == 0
     np.testing.assert_array_equal(written.affine, nib.load(paths['t1ce']).affine)
@@ -212,7 +206,7 @@ def test_saveSegmentation_keepsAGridWithoutSform(writeCase, tmp_path):
 def test_saveSegmentation_refusesWhatIsNotASegmentation(writeCase, tmp_path, yhat, name, words):
     """Another shape, a class beyond 3 and a file name of another format are refused, and nothing is written."""
     with pytest.raises(ValueError, match=words):
-        postprocess.saveSegmentation(yhat, writeOnes(writeCase), tmp_path / name)
+        patients.saveSegmentation(yhat, writeOnes(writeCase), tmp_path / name)
     assert not (tmp_path / name).exists()
 
 
@@ -224,7 +218,7 @@ def test_saveProbabilities_writesProbabilitiesAndEntropy(writeCase, tmp_path):
     probability[:, 0] = 1
     probability[2, :, 1, 3] = 0.25
     probability[5, :, 0, 0] = [0, 0.5, 0, 0.5]
-    postprocess.saveProbabilities(torch.from_numpy(probability), paths, tmp_path / 'p.nii.gz')
+    patients.saveProbabilities(torch.from_numpy(probability), paths, tmp_path / 'p.nii.gz')
     written, entropy = nib.load(tmp_path / 'p.nii.gz'), nib.load(tmp_path / 'p_entropy.nii.gz')
     assert written.shape == (4, 5, 6, 4) and written.get_data_dtype() == entropy.get_data_dtype() == np.float32
     np.testing.assert_array_equal(written.affine, affine)
@@ -261,22 +255,12 @@ def test_predictFolder_writesSegmentationsScoresAndSettings(df, tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / 'out' / 'scores.csv'), table, check_dtype=False)
     settings = json.loads((tmp_path / 'out' / 'settings.json').read_text())
     made = settings['prediction']
-    assert (
-        made['kind'] == {'patchStride': 24, 'mirror': False, 'planes': None}
-        and made['rules'] is None
-        and made['trainedOn'] == []
-    )
+    assert made['kind'] == {'patchStride': 24, 'mirror': False, 'planes': None}
+    assert made['rules'] is None and made['trainedOn'] == []
     assert settings['config']['PATCH_SIZE'] == 32 and settings['found']['TRAIN_FILE'].endswith('train.h5')
     assert settings['versions']['torch'] == torch.__version__
     assert 'OWN_EDITIONS' not in settings['config']  # more_scores.ipynb takes these values, and would take it as text
     pd.testing.assert_frame_equal(postprocess.scoreFolder(df, tmp_path / 'out' / 'upload'), table)
-
-
-def test_predictFolder_needsNoTruth(df, tmp_path):
-    """Without any segmentation, as in a challenge's validation set, patients are predicted and the table is empty."""
-    table = postprocess.predictFolder(df.assign(seg=None), makeUnet(), tmp_path / 'out')
-    assert len(table) == 0 and len(list((tmp_path / 'out' / 'upload').iterdir())) == 3
-    assert (tmp_path / 'out' / 'settings.json').is_file()
 
 
 def test_predictFolder_scoresWhatIsWritten(df, tmp_path):
@@ -294,15 +278,6 @@ def test_predictFolder_scoresWhatIsWritten(df, tmp_path):
     pd.testing.assert_frame_equal(postprocess.scoreFolder(df, tmp_path / 'out' / 'upload'), table)
     noted = pd.read_csv(tmp_path / 'out' / 'disagreement.csv').set_index('region')['voxels']
     assert (noted['RC'] == 0).all() and (noted['NCR'] > 0).all()
-
-
-def test_predictFolder_takesADeviceOfTorch(df, tmp_path, capsys):
-    """A torch.device is noted by its name, and the same call finds the patients finished."""
-    model = makeUnet()
-    for _ in range(2):
-        postprocess.predictFolder(df.iloc[:1], model, tmp_path / 'out', device=torch.device('cpu'))
-    assert '1 of 1 patients are finished' in capsys.readouterr().out
-    assert json.loads((tmp_path / 'out' / 'settings.json').read_text())['prediction']['device'] == 'cpu'
 
 
 def test_predictFolder_appliesEachRule(writeCase, tmp_path):
@@ -338,32 +313,16 @@ def test_writeScores_writesAnEmptyTable(tmp_path):
     assert made['kind'] == {'patchStride': None, 'mirror': True, 'planes': None} and made['mirror'] is True
 
 
-def test_scoreFolder_equalsScorePatient(df, tmp_path, capsys):
-    """The rows of a patient are those of scorePatient; patients without a truth are counted and left out."""
-    paths = df.iloc[0]
-    label = patients.readLabel(paths).transpose(2, 0, 1)
-    moved = np.roll(label, 2, axis=1)
-    postprocess.saveSegmentation(moved, paths, tmp_path / f'{df.index[0]}.nii.gz')
-    expected = metrics.scoreTable({df.index[0]: metrics.scorePatient(label, moved, patients.spacingOf(paths))})
-    assert 0 < expected['dice'].min() < 1
-    pd.testing.assert_frame_equal(postprocess.scoreFolder(df.iloc[:2], tmp_path), expected)
-    assert '1 of 2 patients have no true segmentation' in capsys.readouterr().out
-
-
 def test_scoreFolder_scoresTheTruthAsPerfectInAnyAxisOrder(df, tmp_path):
-    """The truth itself, written in another axis order, has Dice 1 and HD95 0 everywhere."""
-    rows = df[df['seg'].notna()]
+    """The truth itself, written in another axis order, has Dice 1 and HD95 0 everywhere.
+
+    A truth without images is enough, and the name of the prediction need not reveal the edition.
+    """
+    rows = df[df['seg'].notna()].assign(t1=None, t1ce=None, t2=None, flair=None).rename({df.index[0]: 'somebody'})
     for patient, paths in rows.iterrows():
         nib.save(nib.as_closest_canonical(nib.load(paths['seg'])), tmp_path / f'{patient}.nii')
     table = postprocess.scoreFolder(rows, tmp_path)
     assert len(table) == 2 * len(config.REGIONS) and (table['dice'] == 1).all() and (table['hd95'] == 0).all()
-
-
-def test_scoreFolder_detectsTheEditionFromTheTruth(df, tmp_path):
-    """A truth without images is enough, and the name of the prediction need not reveal the edition."""
-    rows = df.iloc[[0]].assign(t1=None, t1ce=None, t2=None, flair=None).rename({df.index[0]: 'somebody'})
-    nib.save(nib.load(rows['seg'].iloc[0]), tmp_path / 'somebody.nii.gz')
-    assert (postprocess.scoreFolder(rows, tmp_path)['dice'] == 1).all()
 
 
 def test_scoreFolder_measuresInMillimetres(writeCase, tmp_path):
@@ -381,8 +340,12 @@ def test_scoreFolder_measuresInMillimetres(writeCase, tmp_path):
 
 
 def test_scoreFolder_refusesAMissingOrForeignPrediction(df, tmp_path):
-    """A missing prediction, a label of another edition and another shape are refused, and the patient is named."""
+    """A missing prediction, a label of another edition, another shape and an unknown challenge are refused by name."""
     rows = df[df['seg'].notna()]
+    with pytest.raises(ValueError, match="rule is 'BraTS24'; there are scores by BraTS2020, BraTS2023"):
+        postprocess.scoreFolder(rows, tmp_path, challenges=['BraTS2020', 'BraTS24'])
+    with pytest.raises(FileNotFoundError, match=f'no segmentation of {PATIENT}'):
+        postprocess.readPrediction(rows.iloc[0], tmp_path)
     with pytest.raises(FileNotFoundError, match='no segmentation of 2 patients: BraTS20_Training_001'):
         postprocess.scoreFolder(rows, tmp_path)
     for patient, paths in rows.iterrows():
@@ -396,13 +359,20 @@ def test_scoreFolder_refusesAMissingOrForeignPrediction(df, tmp_path):
         postprocess.scoreFolder(rows, tmp_path)
 
 
-def test_scoreFolder_scoresByEveryChallenge(df, tmp_path):
-    """The rows of a rule are those of scorePatient, and of scoreLesions beside them; what a rule lacks is NaN."""
+def test_scoreFolder_scoresByEveryChallenge(df, tmp_path, capsys):
+    """The rows of a rule are those of scorePatient, and of scoreLesions beside them; what a rule lacks is NaN.
+
+    Patients without a truth are counted and left out. readPrediction returns what was written.
+    """
     rows = df[df['seg'].notna()]
     moved = {}
     for patient, paths in rows.iterrows():
         moved[patient] = np.roll(patients.readLabel(paths).transpose(2, 0, 1), 2, axis=1)
-        postprocess.saveSegmentation(moved[patient], paths, tmp_path / f'{patient}.nii.gz')
+        patients.saveSegmentation(moved[patient], paths, tmp_path / f'{patient}.nii.gz')
+        y, yhat = postprocess.readPrediction(paths, tmp_path)
+        assert y.dtype == yhat.dtype == np.uint8
+        np.testing.assert_array_equal(yhat, moved[patient])
+        np.testing.assert_array_equal(np.roll(y, 2, axis=1), yhat)
     names = list(RULES)
     table = postprocess.scoreFolder(rows, tmp_path, challenges=names)
     assert list(table['rule'].unique()) == names and set(table['patient']) == set(rows.index)
@@ -415,10 +385,10 @@ def test_scoreFolder_scoresByEveryChallenge(df, tmp_path):
             assert part.filter(like='lesion').isna().all(axis=None) and part['nsd0.5'].isna().all()
         else:
             lesions = metrics.scoreLesions(y, moved[patient], spacing, name)
-            np.testing.assert_allclose(part['lesionDice'], lesions['dice'])
-            np.testing.assert_allclose(part['lesionHd95'], lesions['hd95'])
-            assert part['lesionFalsePositive'].tolist() == lesions['falsePositive'].tolist()
-    plain = postprocess.scoreFolder(rows, tmp_path)
+            for column in ('dice', 'hd95', 'falsePositive'):
+                np.testing.assert_allclose(part[f'lesion{column[0].upper()}{column[1:]}'], lesions[column])
+    plain = postprocess.scoreFolder(df, tmp_path)
+    assert '1 of 3 patients have no true segmentation' in capsys.readouterr().out and 0 < plain['dice'].min() < 1
     first = table[table['rule'] == 'BraTS2020'][plain.columns].reset_index(drop=True)
     pd.testing.assert_frame_equal(first, plain)
 
@@ -442,15 +412,13 @@ def test_scoreFolder_countsWhatCannotBeScoredAsMissing(df, tmp_path, capsys):
     assert {'RC'} < set(table['region']) and table.groupby('rule')['patient'].nunique().eq(2).all()
 
 
-def test_scoreFolder_scoresTheCavityOfTheFiles(writeCase, tmp_path):
+def test_scoreFolder_scoresTheCavityOfTheFiles(tmp_path):
     """Label 4 of an edition after treatment is RC by 2024's rule, and background by 2023's."""
     config.EDITION = 'BraTS2024'
     label = np.zeros((20, 20, 20), np.uint8)
     label[2:6, 2:6, 2:6], label[10:16, 10:14, 10:14] = 2, 4
-    volumes = {**dict.fromkeys(('t1n', 't1c', 't2w', 't2f'), np.ones(label.shape, np.int16)), 'seg': label}
-    folder = tmp_path / 'BraTS-GLI-00001-101'
-    for name, volume in volumes.items():
-        save(volume, folder / f'BraTS-GLI-00001-101-{name}.nii.gz')
+    for name in NEWER:
+        save(label if name == 'seg' else label * 0 + 1, tmp_path / f'{AFTER}/{AFTER}-{name}.nii.gz')
     df = patients.makeFileList(tmp_path)
     half = label.copy()
     half[13:][half[13:] == 4] = 0
@@ -489,28 +457,8 @@ def test_scoreFolder_mergesAlongTheAxesOfTheFiles(writeCase, tmp_path):
     assert missed == [0, 1]
 
 
-def test_scoreFolder_refusesAnUnknownChallenge(df, tmp_path):
-    """A misspelled challenge is refused before anything is read."""
-    with pytest.raises(ValueError, match="rule is 'BraTS24'; there are scores by BraTS2020, BraTS2023"):
-        postprocess.scoreFolder(df, tmp_path, challenges=['BraTS2020', 'BraTS24'])
-
-
-def test_readPrediction_returnsWhatWasSaved(df, tmp_path):
-    """y is the truth and yhat what saveSegmentation wrote, both uint8 (D, W, H); a missing file is an error."""
-    paths = df.iloc[0]
-    expected = patients.readLabel(paths).transpose(2, 0, 1)
-    changed = np.roll(expected, 1, axis=0)
-    with pytest.raises(FileNotFoundError, match=f'no segmentation of {PATIENT}'):
-        postprocess.readPrediction(paths, tmp_path)
-    postprocess.saveSegmentation(changed, paths, tmp_path / f'{PATIENT}.nii')
-    y, yhat = postprocess.readPrediction(paths, tmp_path)
-    assert y.dtype == yhat.dtype == np.uint8 and y.shape == (16, 40, 40)
-    np.testing.assert_array_equal(y, expected)
-    np.testing.assert_array_equal(yhat, changed)
-
-
-def test_predictFolder_sharesThePatientsInParts(df, tmp_path):
-    """Two parts write the files of one call; scoreFolder refuses while one is missing, and then equals the one call."""
+def test_predictFolder_dividesThePatientsIntoShards(df, tmp_path):
+    """Two shards write the files of one call; scoreFolder refuses while one is missing, then equals the one call."""
     df, model = patients.makeFileList(tmp_path / 'data'), makeUnet()
     expected = postprocess.predictFolder(df, model, tmp_path / 'whole', patchStride=24)
     first = postprocess.predictFolder(df, model, tmp_path / 'parts', part=(1, 2), patchStride=24)
@@ -527,16 +475,25 @@ def test_predictFolder_sharesThePatientsInParts(df, tmp_path):
 
 
 def test_predictFolder_goesOnWithWhatIsMissingOrOld(df, tmp_path, capsys):
-    """A second call predicts a patient whose file is gone, one without scores, and one with a newer file."""
+    """A second call predicts a patient whose file is gone, one without scores, and one with a newer file.
+
+    Without a truth, as in a challenge's validation set, the table is empty. A torch.device is noted by its name.
+    """
     df, model, folder = patients.makeFileList(tmp_path / 'data'), makeUnet(), tmp_path / 'out'
-    expected = postprocess.predictFolder(df, model, folder)
-    pd.testing.assert_frame_equal(postprocess.predictFolder(df, model, folder), expected)
-    assert f'{len(df)} of {len(df)} patients are finished' in capsys.readouterr().out
+    options = {'device': torch.device('cpu')}
+    assert len(postprocess.predictFolder(df.assign(seg=None), model, folder, **options)) == 0
+    assert json.loads((folder / 'settings.json').read_text())['prediction']['device'] == 'cpu'
+    expected = postprocess.predictFolder(df, model, folder, **options)
+
+    def goOn(numFinished):
+        capsys.readouterr()
+        pd.testing.assert_frame_equal(postprocess.predictFolder(df, model, folder, **options), expected)
+        assert f'{numFinished} of {len(df)} patients are finished' in capsys.readouterr().out
+
+    goOn(len(df))
     (folder / 'upload' / f'{df.index[0]}.nii.gz').unlink()
     scores = pd.read_csv(folder / 'scores.csv')
     scores[scores['patient'] != df.index[1]].to_csv(folder / 'scores.csv', index=False)
-    pd.testing.assert_frame_equal(postprocess.predictFolder(df, model, folder), expected)
-    assert f'{len(df) - 2} of {len(df)} patients are finished' in capsys.readouterr().out
+    goOn(len(df) - 2)
     os.utime(df['seg'].iloc[0], (2e9, 2e9))  # its truth was mended
-    pd.testing.assert_frame_equal(postprocess.predictFolder(df, model, folder), expected)
-    assert f'{len(df) - 1} of {len(df)} patients are finished' in capsys.readouterr().out
+    goOn(len(df) - 1)

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import io
 import json
 import os
@@ -17,10 +16,11 @@ import torch
 import torchio as tio
 
 import config
-import patients
 import preprocess
+import provenance
 import transforms
 from conftest import PATCHES, volumesOf
+from patients import editions, reading
 
 ORIGINS = ('slice', 'row', 'column')
 
@@ -93,9 +93,10 @@ def test_makeDataset_dropsPatchesWithoutTumor(writeCase, tmp_path):
     assert preprocess.makeDataset(dataframe=listOf(P1=paths), filename=tmp_path / 'a.h5') == 1
     with h5py.File(tmp_path / 'a.h5') as file:
         assert [file[name][0] for name in ORIGINS] == [2, 0, 0]
-        found = json.loads(file['identity'][()])
+        found = json.loads(file['provenance'][()])
         assert list(found['patients']) == ['P1'] and json.loads(file['leftOut'][()]) == {}
-        assert found['patchStride'] == 24 and found['modalities'] == ['t1ce', 't2', 'flair']
+        assert found['settings']['patchStride'] == 24
+        assert found['settings']['modalities'] == ['t1ce', 't2', 'flair']
 
 
 def test_makeDataset_keepsAFractionOfTheBrainBySeed(writeCase, tmp_path):
@@ -212,7 +213,7 @@ def test_makeDataset_numbersItsPatients(writeCase, tmp_path, capsys):
     preprocess.makeDataset(dataframe=listOf(**rows), filename=tmp_path / 'a.h5')
     with h5py.File(tmp_path / 'a.h5') as file:
         numbers = file['patient'][:]
-        assert set(numbers) == {0, 1} and list(json.loads(file['identity'][()])['patients']) == ['P1', 'P3']
+        assert set(numbers) == {0, 1} and list(json.loads(file['provenance'][()])['patients']) == ['P1', 'P3']
         first, second = ([file[name][numbers == number].tolist() for name in ORIGINS] for number in (0, 1))
     assert first != second
     assert '1 of 3 patients have no segmentation' in capsys.readouterr().out
@@ -262,24 +263,14 @@ def test_makeDataset_findsAFileOfTheSameSettingsAndPatients(writeCase, tmp_path,
     assert isReplaced(capsys, file, listOf(P1=paths, P2=other))
 
 
-def test_makeDataset_findsAFileOfTheSameTransform(writeCase, tmp_path, capsys):
-    """An equal torchio transform, or the same function of a module, finds the file; another one has it replaced."""
+def test_makeDataset_cutsAnewForATransformOfOnesOwn(writeCase, tmp_path, capsys):
+    """A given transform cannot be compared with an earlier one: patches are cut again on each call, and it says why."""
     df, file = listOf(P1=makePatient(writeCase)[-1]), tmp_path / 'a.h5'
-    rescale = functools.partial(tio.RescaleIntensity, include=['x1', 'x2', 'x3'])
-    for make in (lambda: rescale((0, 1)), lambda: rescale((0, 0.5)), lambda: identity, lambda: lower):
-        assert isReplaced(capsys, file, df, make())
-        assert not isReplaced(capsys, file, df, make())
-
-
-def test_makeDataset_tellsUnknownTransformsApart(writeCase, tmp_path):
-    """Two lambdas that make other patches have other identities; the same one has the same again."""
-    df, found = listOf(P1=makePatient(writeCase)[-1]), []
-    for value in (2, 3, 2):
-        scale = lambda subject, value=value: {k: x if k == 'y' else x / 1e3 * value for k, x in subject.items()}  # noqa: E731
-        preprocess.makeDataset(df, tmp_path / 'a.h5', transform=scale)
-        with h5py.File(tmp_path / 'a.h5') as file:
-            found.append(json.loads(file['identity'][()])['transform'])
-    assert found[0] == found[2] != found[1] and found[0].startswith('unknown, patches ')
+    preprocess.makeDataset(df, file, transform=identity)
+    preprocess.makeDataset(df, file, transform=identity)
+    assert 'is replaced: a transform of your own cannot be compared' in capsys.readouterr().out
+    with h5py.File(file) as opened:
+        assert provenance.readProvenance(opened)['settings']['stretching'] is None
 
 
 def test_makeDataset_refusesAPatientTwice(writeCase, tmp_path):
@@ -293,19 +284,19 @@ def test_makeDataset_readsAPatientAgainAfterADiskError(writeCase, tmp_path, monk
     """A patient left out because of the disk is tried again; one left out because of its content is not."""
     config.ON_BAD_PATIENT = 'leaveOut'
     df = listOf(P1=makePatient(writeCase)[-1], P2=makePatient(writeCase, patient='BraTS20_Training_002')[-1])
-    read = patients._decompress
+    read = reading._decompress
 
     def fail(nifti, path, dimensions):
         if 'Training_002' in str(path):
             raise OSError(5, 'Input/output error')
         return read(nifti, path, dimensions)
 
-    monkeypatch.setattr(patients, '_decompress', fail)
+    monkeypatch.setattr(reading, '_decompress', fail)
     preprocess.makeDataset(df, tmp_path / 'a.h5')
     monkeypatch.undo()
     preprocess.makeDataset(df, tmp_path / 'a.h5')
     with h5py.File(tmp_path / 'a.h5') as file:
-        assert list(json.loads(file['identity'][()])['patients']) == ['P1', 'P2']
+        assert list(json.loads(file['provenance'][()])['patients']) == ['P1', 'P2']
 
 
 def test_makeDataset_cutsTheSameInOtherProcesses(writeCase, tmp_path):
@@ -320,17 +311,6 @@ def test_makeDataset_cutsTheSameInOtherProcesses(writeCase, tmp_path):
             np.testing.assert_array_equal(threads[name][:], processes[name][:])
 
 
-def test_makeDataset_alwaysReplacesAFileOfALambda(writeCase, tmp_path, capsys):
-    """A lambda cannot be compared with an earlier one: the patches are cut anew each time, and a message says so."""
-    df, same = listOf(P1=makePatient(writeCase)[-1]), lambda subject: subject
-    for _ in range(2):
-        preprocess.makeDataset(df, tmp_path / 'a.h5', transform=same)
-        printed = capsys.readouterr().out
-        assert 'cannot be compared with an earlier one, so patches are always cut anew' in printed
-        assert '1 patches of 1 patients' in printed and 'of the same patients and settings' not in printed
-    assert isReplaced(capsys, tmp_path / 'a.h5', df)
-
-
 @pytest.mark.parametrize(
     ('name', 'value'),
     [('MODALITIES', ('t2', 't1ce', 'flair')), ('SEED', 1), ('BACKGROUND_SHARE', 0.6), ('PATCH_SIZE', 40),
@@ -343,15 +323,15 @@ def test_makeDataset_replacesAFileOfOtherSettings(writeCase, tmp_path, capsys, n
     preprocess.makeDataset(df, tmp_path / 'a.h5')
     setattr(config, name, value)
     preprocess.makeDataset(df, tmp_path / 'a.h5')
-    assert 'has other patients or settings and is replaced' in capsys.readouterr().out
+    assert 'is replaced: ' in capsys.readouterr().out
 
 
 def test_makeDataset_replacesAFileOfOtherLabels(writeCase, tmp_path, capsys, monkeypatch):
     """The same files read by another edition's table of labels are cut anew."""
     df = listOf(P1=makePatient(writeCase)[-1])
     preprocess.makeDataset(df, tmp_path / 'a.h5')
-    edition = dataclasses.replace(patients.EDITIONS['BraTS2020'], classes={0: 0, 1: 1, 2: 2, 4: 1})
-    monkeypatch.setitem(patients.EDITIONS, 'BraTS2020', edition)
+    edition = dataclasses.replace(editions.EDITIONS['BraTS2020'], classes={0: 0, 1: 1, 2: 2, 4: 1})
+    monkeypatch.setitem(editions.EDITIONS, 'BraTS2020', edition)
     preprocess.makeDataset(df, tmp_path / 'a.h5')
     assert "replaced: the labels' classes in each edition is" in capsys.readouterr().out
 
@@ -370,7 +350,7 @@ def test_makeDataset_replacesAFileOfAMendedPatient(writeCase, tmp_path, capsys, 
     volume[2, 3, 2] = 1
     nib.save(nib.Nifti1Image(volume, np.eye(4)), paths[column])
     preprocess.makeDataset(df, file)
-    assert 'replaced: of its patients, 1 other files (P1)' in capsys.readouterr().out
+    assert 'replaced: 1 other files (P1)' in capsys.readouterr().out
     assert not isReplaced(capsys, file, df)
 
 
@@ -381,7 +361,7 @@ def test_makeDataset_triesAMendedPatientAgain(badAmongGood, tmp_path, capsys):
     df = badAmongGood.assign(seg=badAmongGood['seg'].iloc[1])
     preprocess.makeDataset(df, tmp_path / 'a.h5')
     with h5py.File(tmp_path / 'a.h5') as file:
-        assert list(json.loads(file['identity'][()])['patients']) == ['P2', 'P3']
+        assert list(json.loads(file['provenance'][()])['patients']) == ['P2', 'P3']
 
 
 def test_makeDataset_holdsMoreThanAnAttributeCan(writeCase, tmp_path, capsys):
@@ -501,7 +481,7 @@ def test_makeDataset_leavesOutBadPatientsOnRequest(badAmongGood, tmp_path, capsy
         numPatches = preprocess.makeDataset(dataframe=badAmongGood, filename=tmp_path / 'a.h5')
         assert printed in capsys.readouterr().out
     with h5py.File(tmp_path / 'a.h5') as file, h5py.File(tmp_path / 'alone.h5') as alone:
-        assert list(json.loads(file['identity'][()])['patients']) == ['P2'] and len(file['image']) == numPatches > 0
+        assert list(json.loads(file['provenance'][()])['patients']) == ['P2'] and len(file['image']) == numPatches > 0
         assert [*json.loads(file['leftOut'][()])] == ['P1', 'P3']
         for name in PATCHES:
             np.testing.assert_array_equal(file[name][:], alone[name][:])

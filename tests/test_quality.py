@@ -14,8 +14,8 @@ import engine
 import phantom
 import pictures
 import postprocess
-import quality
 import utils
+from postprocess import quality
 
 
 def makePart(classes, certainty=1.0):
@@ -85,7 +85,7 @@ def test_fitQuality_findsTheLine():
     assert found['reason'].eq('estimated Dice below 0.7').all()
 
 
-def test_fitQuality_neverRisesWithDisagreement():
+def test_fitQuality_slopesAreNeverNegative():
     """Where the Dice is higher for more disagreement, the slopes are 0 and the estimate is the mean."""
     table, scores = makeTables(slope=-0.05)
     fit = quality.fitQuality(table, scores)['regions']['WT']
@@ -103,12 +103,11 @@ def test_fitQuality_reachIsTheQuantileOfErrorsWithoutThePatient():
     assert fit['reach'] == pytest.approx(np.sort(errors)[17])  # ceil(20 x 0.9) = 18
     few = quality.fitQuality(table[:8], scores)['regions']['WT']
     assert few['reach'] == 20  # nine are needed for 90 %: 20 x .05 is any Dice
-    assert (
-        quality.predictQuality(table, {'planes': 3, 'regions': {'WT': few}})[['low', 'high']].eq([0, 1]).all(axis=None)
-    )
+    found = quality.predictQuality(table, {'planes': 3, 'regions': {'WT': few}})
+    assert found[['low', 'high']].eq([0, 1]).all(axis=None)
 
 
-def test_crossFit_coversAndRanksUnseenPatients(monkeypatch):
+def test_crossFit_coversAndRanksUnseenPatients():
     """On 200 patients the intervals hold nine tenths of the unseen ones, and a patient never helps its own estimate."""
     table, scores = makeTables(200, 0.05)
     crossed = quality.crossFit(table, scores)
@@ -195,15 +194,15 @@ def trained(phantoms, tmp_path):
     return utils.makeFileList(phantoms), [engine.makeModel(), engine.makeModel()], tmp_path / 'out'
 
 
-def test_predict_measuresWithoutChangingTheSegmentation(trained):
+def test_segment_measuresWithoutChangingTheSegmentation(trained):
     """Each member is measured by its three planes, and everything else is as without, with windows too."""
     df, members, _ = trained
     for options in ({}, {'patchStride': 24, 'probabilities': True}):
         plain = engine.predict(df.iloc[0], members, **options)
-        *others, measured = engine.predict(df.iloc[0], members, measure=quality.measureMember, **options)
-        assert all(torch.equal(one, other) for one, other in zip(plain, others, strict=True))
-        assert [each['counts'].shape for each in measured] == [(3, 4)] * 2
-        assert all((each['counts'].sum(1) == each['classes'].size).all() for each in measured)
+        found = engine.segment(df.iloc[0], members, measure=quality.measureMember, **options)
+        assert all(torch.equal(one, other) for one, other in zip(plain, found.plain(), strict=True))
+        assert [each['counts'].shape for each in found.measured] == [(3, 4)] * 2
+        assert all((each['counts'].sum(1) == each['classes'].size).all() for each in found.measured)
 
 
 def test_predictFolder_notesDisagreement(trained, capsys):
@@ -216,11 +215,8 @@ def test_predictFolder_notesDisagreement(trained, capsys):
     table[table['patient'] != df.index[2]].to_csv(folder / 'disagreement.csv', index=False)
     postprocess.predictFolder(df, members, folder)
     assert '5 of 6 patients are finished' in capsys.readouterr().out
-    again = quality.readDisagreement(folder)
-    keys = ['patient', 'region']
-    pd.testing.assert_frame_equal(
-        again.sort_values(keys, ignore_index=True), table.sort_values(keys, ignore_index=True)
-    )
+    again, keys = quality.readDisagreement(folder), ['patient', 'region']
+    pd.testing.assert_frame_equal(again.set_index(keys).sort_index(), table.set_index(keys).sort_index())
     table = table.assign(voxels=table['voxels'] + 1, entropy=table['entropy'].fillna(0))
     quality.writeFit(quality.fitQuality(table, scores), folder / 'fit.json')
     written = quality.writeQuality(folder, quality.readFit(folder / 'fit.json'))
@@ -265,8 +261,7 @@ def test_plotQuality_showsEstimatesAgainstTruth():
     for found, part in zip(dots, (crossed[isHeld], crossed[~isHeld]), strict=True):
         np.testing.assert_array_equal(found, part[['predictedDice', 'dice']].to_numpy().T)
     row = quality.summarizeQuality(crossed).loc['WT']
-    assert panel.get_title() == (
-        f'WT: rank correlation {row["spearman"]:.2f}\n{row["coverage"]:.0%} of 30 intervals hold'
-    )
+    title = f'WT: rank correlation {row["spearman"]:.2f}\n{row["coverage"]:.0%} of 30 intervals hold'
+    assert panel.get_title() == title
     figure.canvas.draw()
     plt.close('all')

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+import engine
 import ranks
-import recipe
 
 
 def makeLayers():
@@ -33,7 +33,7 @@ def step(model, criterion, layers, image, label):
 
 
 def stepOnRank():
-    layers, criterion = makeLayers(), recipe.DiceAndCrossEntropy()
+    layers, criterion = makeLayers(), engine.DiceAndCrossEntropy()
     model = ranks.share(layers, criterion)
     image, label = (part[ranks.rank() :: 2] for part in makeBatch())
     state = step(model, criterion, layers, image, label)
@@ -43,14 +43,14 @@ def stepOnRank():
 
 
 def batchesOnRank(numPatches=11):
-    batches = ranks.TrainingBatches(numPatches, 4, 0)
-    batches.epoch = 3
+    batches = ranks.TrainingBatches(numPatches, 4)
+    torch.manual_seed(3 + ranks.rank())
     return list(batches), len(batches), batches.numSamples, ranks.validationBatches(numPatches, 4)
 
 
 def refuse():
     with pytest.raises(ValueError, match=r'config\.BATCHSIZE is 5; a multiple of the 2 ranks was expected'):
-        ranks.TrainingBatches(20, 5, 0)
+        ranks.TrainingBatches(20, 5)
     with pytest.raises(ValueError, match='3 validation patches are 1 batches, fewer than 2 ranks'):
         ranks.validationBatches(3, 4)
     return True
@@ -74,7 +74,7 @@ def onTwoRanks(tmp_path_factory):
 
 def test_share_makesAStepOfTwoRanksEqualToOneOfTheWholeBatch(onTwoRanks):
     """Loss, gradients and statistics of batch norm are those of one process with the whole batch."""
-    layers, criterion = makeLayers(), recipe.DiceAndCrossEntropy()
+    layers, criterion = makeLayers(), engine.DiceAndCrossEntropy()
     image, label = makeBatch()
     expected = step(layers, criterion, layers, image, label)
     with torch.inference_mode():
@@ -88,8 +88,8 @@ def test_share_makesAStepOfTwoRanksEqualToOneOfTheWholeBatch(onTwoRanks):
 
 def test_batches_ofTwoRanksAreThoseOfOneProcess(onTwoRanks):
     """Each batch is shared; the last one of 3 patches loses one; validation batches are whole, and none is twice."""
-    alone = ranks.TrainingBatches(11, 4, 0)
-    alone.epoch = 3
+    alone = ranks.TrainingBatches(11, 4)
+    torch.manual_seed(3)
     first, second = onTwoRanks[1]
     assert len(alone) == first[1] == second[1] == 3 and alone.numSamples == 11 and first[2] == second[2] == 10
     for whole, one, other in zip(alone, first[0], second[0], strict=True):
@@ -99,13 +99,14 @@ def test_batches_ofTwoRanksAreThoseOfOneProcess(onTwoRanks):
     assert first[3] == [[0, 1, 2, 3], [8, 9, 10]] and second[3] == [[4, 5, 6, 7]]
 
 
-def test_batches_areShuffledByEpoch():
-    """Another epoch has another order, the same one the same."""
-    batches = ranks.TrainingBatches(20, 4, 1)
-    first = list(batches)
-    assert list(batches) == first
-    batches.epoch = 1
-    assert list(batches) != first
+def test_batches_areThoseOfALoaderThatShuffles():
+    """Alone, the order is that which torch's own sampler draws from the same state; each epoch has another one."""
+    torch.manual_seed(0)
+    batches = ranks.TrainingBatches(20, 4)
+    first, second = list(batches), list(batches)
+    torch.manual_seed(0)
+    expected = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(range(20)), 4, False)
+    assert first == list(expected) and second == list(expected) and first != second
 
 
 def test_batches_refuseWhatRanksCannotShare(onTwoRanks):

@@ -16,9 +16,11 @@ import torch
 
 import checkpoints
 import config
+import engine
 import phantom
 import train
 import utils
+from conftest import sourcesOf
 
 HOME = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -69,7 +71,7 @@ def test_trainModel_givesTheFinalWeights(df):
     result = train.trainModel(df[:2])
     assert result == config.LAST_CHECKPOINT
     assert torch.load(result, weights_only=True)['optimizer']['param_groups'][0]['lr'] == 0
-    assert list(utils.loadModel(result).identity['earlier']) == list(df.index[:2])
+    assert list(utils.loadModel(result).provenance['earlier']) == list(df.index[:2])
     vars(config).update(config.DOCUMENT, EPOCHS=1, OUTPUT_FOLDER=config.OUTPUT_FOLDER + '/document')
     assert train.trainModel(df[:2]) == config.BEST_CHECKPOINT
 
@@ -85,12 +87,22 @@ def test_trainMembers_trainsEachFoldInItsFolder(df, capsys):
     assert vars(config) == before
     names = ['fold-0_of-2', 'fold-1_of-2', 'plane-coronal_seed-5_EPOCHS-1']
     assert files == [f'{config.OUTPUT_FOLDER}/{name}/last.pt' for name in names]
-    seen = [set(utils.loadModel(file).identity['earlier']) for file in files]
+    seen = [set(utils.loadModel(file).provenance['earlier']) for file in files]
     assert seen[0] | seen[1] == set(df.index) and not seen[0] & seen[1]
     assert seen[2] == set(utils.split(df)[0].index)
-    assert utils.loadModel(files[2]).identity['planes'] == ['coronal']
+    assert utils.loadModel(files[2]).provenance['settings']['planes'] == ['coronal']
     assert 'fold-0_of-2: epoch   2 of 2: loss' in capsys.readouterr().out
     assert 'patches of 2 patients' in Path(files[0]).with_name('log.txt').read_text()
+
+
+def test_trainMembers_shareTheTime(df, monkeypatch):
+    """After one of five hours, two members on one device have two hours each."""
+    given = []
+    monkeypatch.setattr(engine, 'hoursUsed', lambda: 1.0 + 2 * len(given))
+    monkeypatch.setattr(train, 'trainModel', lambda *arguments: given.append(config.TIME_BUDGET))
+    config.TIME_BUDGET = 5.0
+    train.trainMembers(df, [{'seed': 1}, {'seed': 2}])
+    assert given == [3.0, 5.0]
 
 
 def killWhenSaved(file):
@@ -130,6 +142,7 @@ def test_trainMembers_goOnAfterOneWasKilledAndOneFailed(df):
         ([{'seed': 1}, {'seed': 1}], 'Two members are seed-1'),
         ([{'fold': 1}], "needs both 'fold' and 'of'"),
         ([{'fold': 5, 'of': 5}], 'no fold: 0 to 4 of 5 were expected'),
+        ([{'DEVICE': 'cpu'}], 'The member DEVICE-cpu sets DEVICE: set it in config or by devices=, for all members'),
         ([{'EPOCH': 1}], 'config has no EPOCH; the nearest names are EPOCHS'),
     ],
 )
@@ -198,3 +211,18 @@ def test_torchrun_trainsAsOneProcessAndSurvivesAKilledRank(df, tmp_path):
     losses = [torch.load(tmp_path / name / 'last.pt', weights_only=True)['history'] for name in ('alone', 'whole')]
     for one, other in zip(*losses, strict=True):
         assert one['trainLoss'] == pytest.approx(other['trainLoss'], rel=5e-3)
+
+
+def test_trainModel_givesTheNotebooksWeights(df, tmp_path):
+    """The notebook's cells, run from the split to the end of the training, and one call end with the same weights."""
+    sources = sourcesOf(HOME / 'brats_segmentation.ipynb')
+    first = next(number for number, source in enumerate(sources) if 'utils.split(df)' in source)
+    last = next(number for number, source in enumerate(sources) if 'trainSet.file.close()' in source)
+    names = {'df': df}
+    exec('import batched, config, engine, preprocess, utils, torch, segmentation_models_pytorch as smp', names)
+    config.OUTPUT_FOLDER = str(tmp_path / 'notebook')
+    for source in sources[first : last + 1]:
+        exec(source, names)
+    config.OUTPUT_FOLDER = str(tmp_path / 'call')
+    torch.manual_seed(99)
+    assertEqual(tmp_path / 'notebook' / 'last.pt', train.trainModel(*utils.split(df)[:2]))

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,17 +13,7 @@ import batched
 import config
 import transforms
 from batched import batch
-from oracle import (
-    BOTH,
-    DRAWS,
-    IMAGES,
-    SHAPE,
-    assertEqual,
-    documentList,
-    fixed,
-    makeBatch,
-    viaTorchio,
-)
+from oracle import BOTH, DRAWS, IMAGES, SHAPE, assertEqual, documentList, fixed, makeBatch, viaTorchio
 
 # Whole lists
 
@@ -80,30 +71,15 @@ def test_batched_equalsTorchioSampleBySample(name, shape, monkeypatch):
     }  # fmt: skip
 
 
-def test_batched_flipsAsTheDocumentDoes():
-    """The document's flip (both axes, probability 1) and its padding and remapping equal torchio's to the bit."""
-    pad, spatial, _, _, remap = documentList((60, 50)).transforms
-    flip = next(iter(spatial.transforms_dict))
-    image, label = makeBatch(8)
-    label[label == 3] = 4
-    transform = tio.Compose([pad, flip, remap])
-    new, newLabel = batched.Batched(transform)(image, label)
-    expected, expectedLabel = viaTorchio(transform, image, label)
-    assert torch.equal(new, expected) and torch.equal(newLabel, expectedLabel)
-    assert torch.equal(batched.Batched(flip)(image, label)[0], image.flip((2, 3)))
-
-
-@pytest.mark.parametrize('number', [1, 2])
-@pytest.mark.parametrize('size', [32, 50])
-def test_batched_equalsTorchioForValidationAndTest(number, size):
+def test_batched_equalsTorchioForValidationAndTest():
     """The package's two lists without chance give torchio's result."""
-    config.PATCH_SIZE = size
     image, label = makeBatch(3)
-    transform = transforms.makeTransforms()[number]
-    assertEqual(batched.Batched(transform)(image, label), viaTorchio(transform, image, label))
+    for config.PATCH_SIZE in (32, 50):
+        for transform in transforms.makeTransforms()[1:]:
+            assertEqual(batched.Batched(transform)(image, label), viaTorchio(transform, image, label))
 
 
-def test_branches_areTakenAsOftenAsTorchioTakesThem():
+def test_batched_takesBranchesAsOftenAsTorchio():
     """The probabilities of a nest of Compose and OneOf, seen by what each branch adds to the image."""
     add = [
         tio.RandomNoise((10.0**power, 10.0**power), (0, 0), p=p, **IMAGES) for power, p in enumerate((1, 0.5, 1, 0.7))
@@ -128,8 +104,12 @@ def test_branches_areTakenAsOftenAsTorchioTakesThem():
 
 
 def test_call_isRepeatable():
-    """Same seed, same result; the next call differs; one number is drawn from the global generator."""
+    """Same seed, same result, and the given batch is kept; one number is drawn from the global generator.
+
+    With a generator of its own, the global one stays as it was.
+    """
     image, label = makeBatch(16)
+    given = image.clone(), label.clone()
     transform = batched.Batched(documentList())
     torch.manual_seed(3)
     first, second = transform(image, label), transform(image, label)
@@ -141,18 +121,12 @@ def test_call_isRepeatable():
     torch.manual_seed(3)
     torch.randint(2**63 - 1, ())
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_call_drawsFromItsGenerator():
-    """With a generator of its own, it leaves the global one unchanged."""
-    image, label = makeBatch(4)
-    before = torch.get_rng_state()
     results = [
-        batched.Batched(documentList((50, 60)), torch.Generator().manual_seed(seed))(image, label)[0]
-        for seed in (1, 1, 2)
+        batched.Batched(documentList(), torch.Generator().manual_seed(seed))(image, label)[0] for seed in (1, 1, 2)
     ]
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert torch.equal(image, given[0]) and torch.equal(label, given[1])
 
 
 def test_call_putsEverySampleBack():
@@ -166,16 +140,10 @@ def test_call_putsEverySampleBack():
     assert torch.equal(newLabel.amax((1, 2)), number.long())
 
 
-def test_call_leavesItsInputUnchanged():
-    """The given batch keeps its values."""
-    image, label = makeBatch(8)
-    before = image.clone(), label.clone()
-    batched.Batched(documentList())(image, label)
-    assert torch.equal(image, before[0]) and torch.equal(label, before[1])
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize('labelDtype', [torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize(
+    ('dtype', 'labelDtype'),
+    [(torch.float16, torch.uint8), (torch.bfloat16, torch.int16), (torch.float64, torch.int64)],
+)
 def test_call_keepsDtypesAndClasses(dtype, labelDtype):
     """Images become float32, label maps keep their dtype and get no class that is not theirs."""
     image, label = makeBatch(16, dtype=dtype)
@@ -240,18 +208,6 @@ def test_call_changesOnlyWhatIsCovered(options, isImage, isLabel):
         assert torch.equal(newLabel, label) != (isLabel and name not in ('RandomAnisotropy', 'RandomNoise'))
 
 
-def test_call_keepsImageAndLabelTogether():
-    """A label map that is a thresholded image stays one, except for pixels at its edge, in every spatial transform."""
-    rows, columns = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 80), indexing='ij')
-    height = (0.6 - (rows - 0.1) ** 2 - (columns + 0.2) ** 2).repeat(48, 3, 1, 1)  # slope below 0.1 a pixel
-    torch.manual_seed(0)
-    new, newLabel = batched.Batched(documentList().transforms[1])(height, (height[:, 0] > 0).long())
-    isOff = (new[:, 0] > 0).long() != newLabel
-    assert isOff.float().mean() < 0.02 and (new[:, 0][isOff].abs() < 0.15).all()
-    assert (newLabel != (height[:, 0] > 0)).flatten(1).any(1).sum() > 30  # anisotropy leaves the label map unchanged
-    assert torch.equal(new[:, 0], new[:, 2])  # one displacement for all images of a sample
-
-
 class Watch(TorchDispatchMode):
     """Fails if a copy to the device would wait for the device."""
 
@@ -313,14 +269,12 @@ def rescale(**options):
     ('transform', 'match'),
     [
         (tio.RandomMotion(**IMAGES), 'RandomMotion is not supported.*supported are Compose'),
-        (tio.Lambda(lambda image: image, **IMAGES), 'Lambda is not supported'),
         (OwnNoise(**IMAGES), 'OwnNoise is not supported'),
         (tio.Compose([tio.OneOf([tio.Compose([tio.RandomGamma(**IMAGES)])])]), 'RandomGamma is not supported'),
         (tio.Compose([lambda subject: subject]), 'function is not supported'),
         (tio.RandomAffine(translation=5, **BOTH), r'RandomAffine: translation = \(-5.0, 5.0.*only \(0, 0'),
         (tio.RandomAffine(isotropic=True, **BOTH), 'RandomAffine: isotropic = True, only False'),
         (tio.RandomAffine(center='origin', **BOTH), "RandomAffine: center = 'origin', only 'image'"),
-        (tio.RandomAffine(default_pad_value='otsu', **BOTH), 'RandomAffine: default_pad_value'),
         (tio.RandomAffine(default_pad_value=0, **BOTH), "RandomAffine: default_pad_value = 0, only 'minimum'"),
         (tio.RandomAffine(default_pad_label=1, **BOTH), 'RandomAffine: default_pad_label'),
         (tio.RandomAffine(image_interpolation='nearest', **BOTH), 'RandomAffine: image_interpolation.*linear'),
@@ -331,17 +285,13 @@ def rescale(**options):
         (tio.RandomAnisotropy(0, image_interpolation='nearest', **BOTH), 'RandomAnisotropy: image_interpolation'),
         (tio.RandomAnisotropy(0, scalars_only=False, **BOTH), 'RandomAnisotropy: scalars_only'),
         (tio.RandomFlip('Left', **BOTH), r"RandomFlip: axes = \('Left',\), only the numbers 0 and 1"),
-        (tio.RandomFlip((0, 2), **BOTH), 'RandomFlip: axes'),
         (rescale(masking_method='Left'), "RescaleIntensity: masking_method = 'Left', only a function or None"),
-        (rescale(masking_method=(7, 9, 0)), 'RescaleIntensity: masking_method'),
         (rescale(masking_method=lambda image: image > image.mean().item()), 'masking_method.*cannot be mapped'),
         (rescale(masking_method=lambda image: image * 2), 'masking_method.*expected a bool mask'),
         (rescale(in_min_max=(0, 9)), 'RescaleIntensity: in_min_max = .*, only None'),
         (transforms.StretchHistogram(in_min_max=(0, 9), **IMAGES), 'StretchHistogram: in_min_max'),
         (crop((9, 9, 2)), r'CropOrPad: target_shape = \(9, 9, 2\), only \(H, W, 1\)'),
-        (crop((9, None, 1)), 'CropOrPad: target_shape'),
         (crop(padding_mode=0), "CropOrPad: padding_mode = 0, only 'minimum'"),
-        (crop(padding_mode='reflect'), 'CropOrPad: padding_mode'),
         (crop(location='random'), 'CropOrPad: location'),
         (crop(None, mask_name='y'), 'CropOrPad: mask_name'),
         (crop(units='mm'), 'CropOrPad: units'),
@@ -351,12 +301,10 @@ def rescale(**options):
         (tio.OneOf([crop()]), 'CropOrPad: with p < 1'),
         (tio.Compose([crop()], p=0.5), 'CropOrPad: with p < 1'),
         (crop(include=['x1', 'x2', 'x3']), 'CropOrPad: images and label map would differ'),
-        (crop(include=['y']), 'CropOrPad: images and label map would differ'),
         (tio.RemapLabels({1: 1.5}, **BOTH), 'RemapLabels: remapping'),
         (tio.RemapLabels({1: 2}, 'Left', **BOTH), "RemapLabels: masking_method = 'Left', only None"),
         (tio.RandomNoise(keep={'x1': 'x1raw'}, **IMAGES), 'RandomNoise: keep'),
         (tio.RandomAffine(include=['x1', 'y']), 'RandomAffine: include names y'),
-        (tio.RandomFlip(include=['x1', 'y']), 'RandomFlip: include names y'),
         (tio.RandomFlip(include=['x1', 'y'], label_keys=['x1', 'y']), 'RandomFlip: label_keys'),
         (tio.RandomNoise(include=['x1', 'x3']), 'RandomNoise covers only some of the images x1 to x3'),
         (tio.RandomNoise(exclude=['x2']), 'RandomNoise covers only some of the images x1 to x2'),
@@ -373,20 +321,15 @@ def test_batched_refusesByName(transform, match):
 )
 def test_call_refusesToCoverSomeImages(options):
     """A transform of some of the images is an error at every call, also if no sample meets it."""
-    image, label = makeBatch(2)
     transform = batched.Batched(tio.Compose([tio.OneOf([tio.RandomFlip(**options)], p=0)]))
     with pytest.raises(ValueError, match='RandomFlip covers only some of the images x1 to x3'):
-        transform(image, label)
+        transform(*makeBatch(2))
 
 
 def test_batched_refusesAGeneratorOfTheDevice():
     """Parameters are drawn on the CPU, so the generator has to be there."""
-
-    class Elsewhere:
-        device = torch.device('cuda')
-
     with pytest.raises(ValueError, match='on cuda'):
-        batched.Batched(tio.RandomNoise(), Elsewhere())
+        batched.Batched(tio.RandomNoise(), SimpleNamespace(device=torch.device('cuda')))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 import itertools
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
@@ -10,41 +9,25 @@ import phantom
 from benchmarks import peers, recipes
 
 
-@pytest.fixture(autouse=True)
-def closeFigures():
-    yield
-    plt.close('all')
-
-
 def test_main_scoresEachPatientOnceByRecipe(tmp_path, monkeypatch):
     """Three patients in three folds, two recipes: each is scored twice; a second call trains nothing."""
-    small = {'ENCODER_DEPTH': 3, 'DECODER_CHANNELS': (16, 8, 8), 'BATCHSIZE': 4}
+    small = {'ENCODER_DEPTH': 3, 'DECODER_CHANNELS': (16, 8, 8)}
     monkeypatch.setattr(recipes, 'SMALL', recipes.SMALL | small)
     phantom.makeCases(tmp_path / 'data', 3, shape=(40, 40, 36))
     tried = {'document': config.DOCUMENT, 'planes': {**config.DOCUMENT, 'PLANES': ('axial', 'sagittal')}}
     before = dict(vars(config))
     table = recipes.main(tmp_path / 'data', tmp_path / 'out', 10, 3, tried, withPeer=False)
     assert vars(config) == before
-    assert len(table) == 2 * 2 * 3 * 3 and sorted(table['step'].unique()) == [2, 10]
-    assert (table.groupby(['recipe', 'step', 'region'])['patient'].nunique() == 3).all()
-    assert table.groupby(['recipe', 'fold'])['seconds'].apply(lambda each: each.is_monotonic_increasing).all()
-    assert (tmp_path / 'out' / 'recipes.png').is_file()
+    assert len(table) == 2 * 3 * 3 and table['step'].between(5, 15).all()  # 10, rounded to epochs
+    assert (table.groupby(['recipe', 'region'])['patient'].nunique() == 3).all()
+    assert len(pd.read_csv(tmp_path / 'out' / 'recipes.csv')) == len(table)
     monkeypatch.setattr(engine, 'train', None)
     again = recipes.main(tmp_path / 'data', tmp_path / 'out', 10, 3, tried, withPeer=False)
     assert again['dice'].tolist() == pytest.approx(table['dice'].tolist())
     summary = recipes.summarize(table)
     assert list(summary.index) == ['document', 'planes'] and (summary['patients'] == 3).all()
-    last = table[(table['step'] == 10) & (table['recipe'] == 'planes') & (table['region'] == 'WT')]
-    assert summary.loc['planes', 'dice WT'] == pytest.approx(last['dice'].mean(), abs=1e-3)
-
-
-def test_summarize_saysWhenTheFirstRecipeIsReached():
-    """The first ends at Dice .5; the second has .4 after 2 steps and .6 after 10, which took 7 seconds."""
-    rows = [('first', 10, 0.5, 5), ('second', 2, 0.4, 1), ('second', 10, 0.6, 7), ('third', 10, 0.3, 2)]
-    table = pd.DataFrame(rows, columns=['recipe', 'step', 'dice', 'seconds'])
-    summary = recipes.summarize(table.assign(fold=0, patient='P', region='WT', hd95=1.0))
-    assert summary['stepsToFirst'].tolist()[:2] == [10, 10] and summary['secondsToFirst'].tolist()[:2] == [5, 7]
-    assert summary.loc['third', ['stepsToFirst', 'secondsToFirst']].isna().all()
+    planes = table[(table['recipe'] == 'planes') & (table['region'] == 'WT')]
+    assert summary.loc['planes', 'dice WT'] == pytest.approx(planes['dice'].mean(), abs=1e-3)
 
 
 def test_peer_isTrainedForTheTimeAndScoresWholePatients(tmp_path, monkeypatch):
@@ -55,7 +38,7 @@ def test_peer_isTrainedForTheTimeAndScoresWholePatients(tmp_path, monkeypatch):
     table = recipes.main(tmp_path / 'data', tmp_path / 'out', 5, 2, tried)
     peer = table[table['recipe'] == recipes.PEER]
     assert peer['patient'].nunique() == 2 and len(peer) == 2 * 3 and peer['dice'].between(0, 1).all()
-    ours = table[(table['recipe'] == 'few') & (table['step'] == 5)]
+    ours = table[table['recipe'] == 'few']
     assert (peer['step'] >= 1).all() and peer['seconds'].tolist() == ours['seconds'].tolist()
     monkeypatch.setattr(peers, 'trainSegResNet', None)
     assert len(recipes.main(tmp_path / 'data', tmp_path / 'out', 5, 2, tried)) == len(table)
@@ -67,4 +50,4 @@ def test_recipes_endWithTheDefault():
     assert recipes.RECIPES[names[0]] == config.DOCUMENT and recipes.RECIPES[names[-1]] == {}
     for before, after in itertools.pairwise(names[:-1]):
         changed = {name for name, value in recipes.RECIPES[after].items() if recipes.RECIPES[before][name] != value}
-        assert 1 <= len(changed) <= 2, after
+        assert 1 <= len(changed) <= 3, after

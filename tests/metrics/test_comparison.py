@@ -45,13 +45,11 @@ def test_compare_isHandCounted():
 
 def test_compare_signTestIsExact():
     """Eight of eight better are 2 / 2 ** 8, seven of eight 18 / 2 ** 8; a ninth that is equal does not count."""
-    a, b = makeScores({'WT': [0.5] * 9}), makeScores({'WT': [0.6] * 8 + [0.5]})  # the last one is equal
-    assert metrics.compare(a, b).loc[('WT', 'dice'), 'p'] == pytest.approx(2 / 256)
-    b.loc[0, 'dice'] = 0.4
-    assert metrics.compare(a, b).loc[('WT', 'dice'), 'p'] == pytest.approx(18 / 256)
-    assert metrics.compare(b, a).loc[('WT', 'dice'), ['better', 'worse', 'p']].tolist() == pytest.approx(
-        [1, 7, 18 / 256]
-    )
+    a = makeScores({'WT': [0.5] * 9})
+    for first, p in ((0.6, 2 / 256), (0.4, 18 / 256)):
+        b = makeScores({'WT': [first] + [0.6] * 7 + [0.5]})
+        for pair in ((a, b), (b, a)):
+            assert metrics.compare(*pair).loc[('WT', 'dice'), 'p'] == pytest.approx(p)
 
 
 def test_compare_intervalIsThatOfThePairedDifferences():
@@ -86,10 +84,8 @@ def test_compare_comparesEachRuleByItsScores():
     """With several rules each has rows of its own, without the scores that it does not have."""
 
     def both(dice):
-        first = makeScores({'WT': dice}).assign(rule='BraTS2020', lesionDice=np.nan, lesionMissed=np.nan)
-        second = makeScores({'WT': dice, 'RC': dice}).assign(
-            rule='BraTS2024', lesionDice=dice * 2, lesionMissed=[1, 2] * 2
-        )
+        first = makeScores({'WT': dice}, rule='BraTS2020', lesionDice=np.nan, lesionMissed=np.nan)
+        second = makeScores({'WT': dice, 'RC': dice}, rule='BraTS2024', lesionDice=dice * 2, lesionMissed=[1, 2] * 2)
         return pd.concat([first, second])
 
     table = metrics.compare(both([0.1, 0.2]), both([0.3, 0.4]))

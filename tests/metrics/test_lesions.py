@@ -7,7 +7,6 @@ import metrics
 from metrics.lesions import matchLesions
 
 SHAPE = (12, 12, 60)
-RULE = 'surface-distance'
 
 
 def _volume(*boxes, value=2):
@@ -23,113 +22,55 @@ def _cube(at, length=4):
     return (4, 8), (4, 8), (at, at + length)
 
 
-def _scoreWT(y, yhat, spacing=(1, 1, 1)):
-    return metrics.scoreLesions(y, yhat, spacing).loc['WT'].tolist()
+def _box(*starts, length=1):
+    """Return a box of 1 x 1 x `length` voxels."""
+    return *((start, start + 1) for start in starts[:2]), (starts[2], starts[2] + length)
 
 
-def test_scoreLesions_ofAPerfectPrediction():
-    """A perfect prediction scores Dice 1 and 0 mm: the lesion is scored without its dilation."""
-    y = _volume(_cube(10))
-    assert _scoreWT(y, y) == [1, 0, 0, 0]
+LESION, CORNERS = [_cube(10)], [((0, 4), (0, 4), (0, 4)), ((8, 12), (8, 12), (56, 60))]
+TO_DILATE, OF_50 = [((2, 6), (2, 6), (10, 14))], [((3, 8), (3, 8), (10, 12))]
 
 
-def test_scoreLesions_closeIslandsAreOneLesion():
-    """Islands six voxels apart are one lesion of 128 voxels; with 64 of them found its Dice is 2/3."""
-    y, yhat = _volume(_cube(10), _cube(20)), _volume(_cube(10))
-    dice, hd95, missed, falsePositive = _scoreWT(y, yhat)
-    assert dice == pytest.approx(2 * 64 / (128 + 64)) and (missed, falsePositive) == (0, 0) and hd95 < 20
-
-
-def test_scoreLesions_distantIslandsAreTwoLesions():
-    """Islands seven voxels apart are two lesions; with one of them found Dice is 1/2 and HD95 (0 + 374) / 2 mm."""
-    y, yhat = _volume(_cube(10), _cube(21)), _volume(_cube(10))
-    assert _scoreWT(y, yhat) == [0.5, 187, 1, 0]
-
-
-def test_scoreLesions_dilatesWith18Neighbours():
-    """Three dilations with 18 neighbours reach (3, 3, 0) from a corner (6 would not) but not (3, 3, 3) (26 would)."""
-    y = _volume(((2, 6), (2, 6), (10, 14)))
-    inside, outside = _volume(((8, 9), (8, 9), (13, 14))), _volume(((8, 9), (8, 9), (16, 17)))
-    assert metrics.scoreLesions(y, inside).loc['WT', ['missed', 'falsePositive']].tolist() == [0, 0]
-    assert metrics.scoreLesions(y, outside).loc['WT', ['missed', 'falsePositive']].tolist() == [1, 1]
-
-
-def test_scoreLesions_componentsConnectAcrossCorners():
-    """Two predicted voxels that share only a corner are one false positive, two with a gap are two."""
-    y = _volume(_cube(10))
-    touching = y + _volume(((1, 2), (1, 2), (40, 41)), ((2, 3), (2, 3), (41, 42)))
-    apart = y + _volume(((1, 2), (1, 2), (40, 41)), ((2, 3), (2, 3), (42, 43)))
-    assert _scoreWT(y, touching) == [0.5, 187, 0, 1]
-    assert _scoreWT(y, apart) == [pytest.approx(1 / 3), pytest.approx(2 * 374 / 3), 0, 2]
-
-
-def test_scoreLesions_componentsAreNotDilated():
-    """A component four voxels from the lesion does not touch its dilation: a false negative and a false positive."""
-    y, yhat = _volume(_cube(10)), _volume(_cube(17))
-    assert _scoreWT(y, yhat) == [0, 374, 1, 1]
-
-
-def test_scoreLesions_touchingTheDilationIsAMatch():
-    """A component three voxels from the lesion matches it: Dice 0, a measured distance, nothing false."""
-    y, yhat = _volume(_cube(10)), _volume(_cube(16))
-    dice, hd95, missed, falsePositive = _scoreWT(y, yhat)
-    assert (dice, missed, falsePositive) == (0, 0, 0) and hd95 == pytest.approx(6)
-
-
-def test_scoreLesions_takesTheUnionOfWholeComponents():
-    """Two components match a lesion of 160 voxels: all of their 64 + 96 voxels count, those outside included."""
-    y = _volume(_cube(10, 10))
-    yhat = _volume(_cube(10), _cube(16, 6))
-    assert _scoreWT(y, yhat)[0] == pytest.approx(2 * (64 + 64) / (160 + 64 + 96))
-
-
-def test_scoreLesions_aComponentMayMatchSeveralLesions():
-    """One bar of 18 slices over two lesions is compared whole with each: Dice 128 / (64 + 288) twice."""
-    y, yhat = _volume(_cube(10), _cube(24)), _volume(_cube(10, 18))
-    dice, _, missed, falsePositive = _scoreWT(y, yhat)
-    assert dice == pytest.approx(2 * 64 / (64 + 288)) and (missed, falsePositive) == (0, 0)
-
-
-def test_scoreLesions_ofAnEmptyPrediction():
-    """Each lesion without a match counts Dice 0 and 374 mm."""
-    assert _scoreWT(_volume(_cube(10), _cube(30)), _volume()) == [0, 374, 2, 0]
-
-
-def test_scoreLesions_aFalsePositiveVoxelHalves():
-    """One voxel that touches no dilation is a false positive and halves a perfect score."""
-    y = _volume(_cube(10))
-    assert _scoreWT(y, y + _volume(((0, 1), (0, 1), (50, 51)))) == [0.5, 187, 0, 1]
-
-
-def test_scoreLesions_fiftyCubicMillimetresAreNotScored():
-    """A lesion of 50 mm3 is no false negative and its match no false positive; one of 51 mm3 is scored."""
-    y = _volume(((3, 8), (3, 8), (10, 12)))
-    assert y.astype(bool).sum() == 50
-    assert _scoreWT(y, _volume()) == [1, 0, 0, 0]
-    assert _scoreWT(y, y) == [1, 0, 0, 0]
-    assert _scoreWT(y, _volume(((3, 4), (3, 4), (14, 15)))) == [1, 0, 0, 0]
-    y[3, 3, 12] = 2
-    assert _scoreWT(y, _volume()) == [0, 374, 1, 0]
+@pytest.mark.parametrize(
+    ('truth', 'prediction', 'dice', 'hd95', 'missed', 'falsePositive'),
+    [
+        pytest.param(LESION, LESION, 1, 0, 0, 0, id='perfect: scored without the dilation'),
+        pytest.param([], [], 1, 0, 0, 0, id='both empty'),
+        pytest.param([], [_cube(10), _cube(30)], 0, 374, 0, 2, id='empty truth'),
+        pytest.param([_cube(10), _cube(30)], [], 0, 374, 2, 0, id='empty prediction'),
+        pytest.param([_cube(10), _cube(20)], LESION, 2 / 3, None, 0, 0, id='six voxels apart: one lesion of 128'),
+        pytest.param([_cube(10), _cube(21)], LESION, 1 / 2, 187, 1, 0, id='seven voxels apart: two lesions'),
+        pytest.param(TO_DILATE, [_box(8, 8, 13)], 0, None, 0, 0, id='(3, 3, 0) from a corner: 6 would not reach'),
+        pytest.param(TO_DILATE, [_box(8, 8, 16)], 0, 374, 1, 1, id='(3, 3, 3) from a corner: 26 would reach'),
+        pytest.param(LESION, [*LESION, _box(0, 0, 50)], 1 / 2, 187, 0, 1, id='one false positive voxel'),
+        pytest.param(LESION, [*LESION, _box(1, 1, 40), _box(2, 2, 41)], 1 / 2, 187, 0, 1, id='corner: one component'),
+        pytest.param(LESION, [*LESION, _box(1, 1, 40), _box(2, 2, 42)], 1 / 3, 748 / 3, 0, 2, id='a gap: two'),
+        pytest.param(LESION, [_cube(17)], 0, 374, 1, 1, id='four voxels away: components are not dilated'),
+        pytest.param(LESION, [_cube(16)], 0, 6, 0, 0, id='three voxels away: a match'),
+        pytest.param([_cube(10, 10)], [_cube(10), _cube(16, 6)], 256 / 320, None, 0, 0, id='union of 64 + 96, whole'),
+        pytest.param([_cube(10), _cube(24)], [_cube(10, 18)], 128 / 352, None, 0, 0, id='a bar over two lesions'),
+        pytest.param([_cube(10), _cube(24, 2)], [_cube(10, 16)], 128 / 320, None, 0, 0, id='a bar, one is too small'),
+        pytest.param(CORNERS, CORNERS[:1], 1 / 2, 187, 1, 0, id='dilations leave the volume: two lesions'),
+        pytest.param(OF_50, [], 1, 0, 0, 0, id='50 mm3: no false negative'),
+        pytest.param(OF_50, OF_50, 1, 0, 0, 0, id='50 mm3: not scored'),
+        pytest.param(OF_50, [_box(3, 3, 14)], 1, 0, 0, 0, id='50 mm3: its match is no false positive'),
+        pytest.param([*OF_50, _box(3, 3, 12)], [], 0, 374, 1, 0, id='51 mm3: scored'),
+    ],
+)
+def test_scoreLesions_isHandCounted(truth, prediction, dice, hd95, missed, falsePositive):
+    """Dice, HD95 (None: not counted) and numbers of false lesions of WT are those counted by hand."""
+    row = metrics.scoreLesions(_volume(*truth), _volume(*prediction)).loc['WT']
+    assert row['dice'] == pytest.approx(dice) and row['hd95'] == pytest.approx(
+        hd95 if hd95 is not None else row['hd95']
+    )
+    assert row[['missed', 'falsePositive']].tolist() == [missed, falsePositive]
 
 
 def test_scoreLesions_measuresInCubicMillimetres():
     """26 voxels are not scored at 1 mm3 and are at 2 mm3: the limit is in mm3, not in voxels."""
     y = _volume(((4, 6), (4, 5), (10, 23)))
-    assert _scoreWT(y, _volume()) == [1, 0, 0, 0]
-    assert _scoreWT(y, _volume(), spacing=(2, 1, 1)) == [0, 374, 1, 0]
-
-
-def test_scoreLesions_aMatchOfASmallLesionMayMatchALargeOne():
-    """A bar over a small and a large lesion is compared with the large one only."""
-    y = _volume(_cube(10), _cube(24, 2))
-    dice, _, missed, falsePositive = _scoreWT(y, _volume(_cube(10, 16)))
-    assert dice == pytest.approx(2 * 64 / (64 + 256)) and (missed, falsePositive) == (0, 0)
-
-
-def test_scoreLesions_ofAnEmptyTruth():
-    """With both empty Dice is 1 and HD95 0 mm; with components in the prediction Dice is 0 and HD95 374 mm."""
-    assert _scoreWT(_volume(), _volume()) == [1, 0, 0, 0]
-    assert _scoreWT(_volume(), _volume(_cube(10), _cube(30))) == [0, 374, 0, 2]
+    for spacing, expected in (((1, 1, 1), [1, 0, 0, 0]), ((2, 1, 1), [0, 374, 1, 0])):
+        assert metrics.scoreLesions(y, _volume(), spacing).loc['WT'].tolist() == expected
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
@@ -138,10 +79,12 @@ def test_scoreLesions_distanceEqualsSurfaceDistances():
     y, yhat = _volume(_cube(10, 10)), _volume(_cube(12, 11), ((2, 7), (5, 6), (15, 19)))
     yhat[np.random.default_rng(0).random(SHAPE) < 0.3] = 0  # ragged, so that the two rules differ
     spacing = (1.0, 1.5, 2.0)
-    assert metrics.hausdorff95(y > 0, yhat > 0, spacing) != metrics.hausdorff95(y > 0, yhat > 0, spacing, RULE)
+    assert metrics.hausdorff95(y > 0, yhat > 0, spacing) != metrics.hausdorff95(
+        y > 0, yhat > 0, spacing, 'surface-distance'
+    )
     distances = surface_distance.compute_surface_distances(y > 0, yhat > 0, spacing)
     expected = surface_distance.compute_robust_hausdorff(distances, 95)
-    assert _scoreWT(y, yhat, spacing)[1] == pytest.approx(expected, abs=1e-6)
+    assert metrics.scoreLesions(y, yhat, spacing).loc['WT', 'hd95'] == pytest.approx(expected, abs=1e-6)
 
 
 def test_scoreLesions_makesRegionsOfClasses():
@@ -155,13 +98,6 @@ def test_scoreLesions_makesRegionsOfClasses():
     assert table.loc['ET'].tolist() == [0, 374, 1, 0]
     turned = metrics.scoreLesions(y.transpose(2, 0, 1), yhat.transpose(2, 0, 1))
     assert (turned == table).all(axis=None)
-
-
-def test_scoreLesions_atTheBorder():
-    """Lesions in opposite corners, whose dilations leave the volume, are two lesions."""
-    y = _volume(((0, 4), (0, 4), (0, 4)), ((8, 12), (8, 12), (56, 60)))
-    assert _scoreWT(y, y) == [1, 0, 0, 0]
-    assert _scoreWT(y, y * (np.arange(60) < 30)) == [0.5, 187, 1, 0]
 
 
 def test_scoreLesions_refusesOtherThanVolumes():

@@ -6,7 +6,7 @@ import pytest
 import config
 import pictures
 from examples import legendTexts, linesOf, makeTable
-from metrics import scorePatient, scoreTable, summarize
+from metrics import compare, scorePatient, scoreTable, summarize
 
 EMPTY = 373.12866  # mm; the HD95 that stands for an empty mask
 
@@ -50,13 +50,9 @@ def test_plotCohort_showsEveryVolumeAndZeros():
     assert ticks == ['necrotic core\n1 have none', 'edema\n0 have none', 'enhancing tumor\n1 have none']
     expected = '5 patients (4 subjects): 1 without a segmentation, 1 of the others without enhancing tumor'
     assert figure.get_suptitle() == expected
-
-
-def test_plotCohort_drawsWithoutSegmentations():
-    """A cohort without any segmentation is drawn."""
-    figure = pictures.plotCohort(makeCohort().iloc[4:])
-    assert figure.axes[1].get_title() == 'Volumes of 0 patients with a segmentation'
-    figure.canvas.draw()
+    none = pictures.plotCohort(makeCohort().iloc[4:])  # nobody has a segmentation
+    assert none.axes[1].get_title() == 'Volumes of 0 patients with a segmentation'
+    none.canvas.draw()
 
 
 def test_plotCurves_marksTheEpochToPredictWith():
@@ -80,18 +76,17 @@ def test_plotCurves_logarithmicFromAFactorOf10():
     assert pictures.plotCurves(history.assign(valLoss=0.0)).axes[0].get_yscale() == 'linear'
 
 
-def test_plotCurves_marksTheDropsOfTheLearningRate():
-    """A line marks the epoch whose rate is lower than that of the epoch before, and no other epoch."""
-    history = pd.DataFrame({'epoch': range(1, 5), 'trainLoss': 1, 'valLoss': 1, 'learnRate': [1e-3, 1e-3, 5e-4, 5e-4]})
+@pytest.mark.parametrize(
+    ('rates', 'marked'),
+    [([1e-3, 1e-3, 5e-4, 5e-4], [(3, 'rate 0.0005')]), ([1e-3, 8e-4, 5e-4, 1e-4], [])],
+    ids=['steps', 'decay'],
+)
+def test_plotCurves_marksTheDropsOfTheLearningRate(rates, marked):
+    """A line marks the epoch after which the rate fell; a rate that falls after every epoch is no event."""
+    history = pd.DataFrame({'epoch': range(1, 5), 'trainLoss': 1, 'valLoss': 1, 'learnRate': rates})
     panel = pictures.plotCurves(history).axes[0]
-    assert [list(line.get_xdata()) for line in panel.lines[3:]] == [[3, 3]]
-    assert [text.get_text() for text in panel.texts] == ['rate 0.0005']
-
-
-def test_plotCurves_marksNoDropsOfASteadyDecay():
-    """A rate that falls in every epoch is no event: no line is drawn."""
-    history = pd.DataFrame({'epoch': range(1, 5), 'trainLoss': 1, 'valLoss': 1, 'learnRate': [1e-3, 8e-4, 5e-4, 1e-4]})
-    assert len(pictures.plotCurves(history).axes[0].texts) == 0
+    lines = [line.get_xdata()[0] for line in panel.lines[3:]]
+    assert list(zip(lines, (text.get_text() for text in panel.texts), strict=True)) == marked
 
 
 def test_plotCurves_showsTheDiceOfTheRegions():
@@ -112,14 +107,6 @@ def test_plotCurves_countsEpochsFromOne(count):
     low, high = panel.get_xlim()
     ticks = [tick for tick in panel.get_xticks() if low <= tick <= high]
     assert ticks and set(ticks) <= set(history['epoch'])
-
-
-def test_plotCurves_refusesNoEpochs():
-    """An empty history and one without a column are refused."""
-    empty = pd.DataFrame({'epoch': [], 'trainLoss': [], 'valLoss': []})
-    for history in (empty, pd.DataFrame({'epoch': [1], 'trainLoss': [1]})):
-        with pytest.raises(ValueError, match='history'):
-            pictures.plotCurves(history)
 
 
 def test_plotScores_dotsAreTheTable():
@@ -166,40 +153,16 @@ def test_plotScores_marksAnEmptyMask():
     for panel, values in ((left, [0]), (right, [EMPTY])):
         assert [list(dots.get_ydata()) for dots in linesOf(panel, 'hollow')] == [[], values]
     assert linesOf(right, 'hollow')[1].get_markerfacecolor() == 'white'
-
-
-def test_plotScores_takesLesionScores():
-    """A table without volumes, like that of `scoreLesions`, has no hollow dots; empty masks are patients in it."""
-    table = makeTable(WT=[0.9, 0.0]).drop(columns=['volumeTruth', 'volumePredicted'])
-    table['hd95'] = [3.0, 374.0]
-    panel = pictures.plotScores(table).axes[1]
-    assert [text.get_text() for text in panel.texts] == ['1 patient']
-    assert len(linesOf(panel, 'hollow')[0].get_ydata()) == 0
+    lesions = table.drop(columns=['volumeTruth', 'volumePredicted'])  # as of scoreLesions: no hollow dots
+    panel = pictures.plotScores(lesions).axes[1]
+    assert [text.get_text() for text in panel.texts] == ['3 patients']
+    assert not any(len(dots.get_ydata()) for dots in linesOf(panel, 'hollow'))
 
 
 def test_plotScores_namesAMissingScore():
     """With a NaN among the scores the label says that there is no mean."""
     panel = pictures.plotScores(makeTable(WT=[0.9, np.nan])).axes[0]
     assert panel.get_xticklabels()[0].get_text() == 'WT\nno mean: a\nscore is missing'
-
-
-@pytest.mark.parametrize('regions', [('WT', 'TC', 'ET'), ('WT', 'TC', 'ET', 'NCR', 'ED')])
-def test_plotScores_textsLieOnTheFigure(regions):
-    """The legend and the title above the panel of HD95 are not cut off, with few and with all regions."""
-    table = makeTable(**{region: [0.9, 0.0] for region in regions})
-    table.loc[1, 'hd95'] = EMPTY
-    figure = pictures.plotScores(table)
-    figure.canvas.draw()
-    for text in (figure.axes[1].title, figure.legends[0]):
-        box = text.get_window_extent()
-        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
-
-
-def test_plotScores_layoutKeepsItsPanels():
-    """Both panels keep more than a third of the figure's width though some rows of dots are empty."""
-    figure = pictures.plotScores(makeTable(WT=[0.9, 0.8], TC=[0.9, 0.8], ET=[0.9, 0.8]))
-    figure.canvas.draw()
-    assert all(panel.get_position().width > 0.33 for panel in figure.axes)
 
 
 def test_plotVolumes_showsZeros():
@@ -218,7 +181,7 @@ def test_plotVolumes_showsZeros():
 
 
 def test_plotVolumes_showsTheLimitsOfAgreement():
-    """Differences of 1, 2, 3 ml have the mean 2 and the limits 2 -+ 1.96 x 1, in the title and as lines."""
+    """Differences of 1, 2, 3 ml have the mean 2 and the limits 2 -+ 1.96 x 1; one patient has no limits."""
     table = makeTable(WT=[0.9] * 3)
     table['volumeTruth'], table['volumePredicted'] = [10, 20, 30], [11, 22, 33]
     panel = pictures.plotVolumes(table).axes[0]
@@ -226,12 +189,7 @@ def test_plotVolumes_showsTheLimitsOfAgreement():
     reach = [line.get_ydata() - line.get_xdata() for line in linesOf(panel, 'limit')]
     assert np.allclose(reach[0], 0.04) and np.allclose(reach[1], 3.96)
     assert panel.get_xscale() == 'linear'  # 10 to 33 ml is less than a factor of 30
-
-
-def test_plotVolumes_ofOnePatient():
-    """One patient has a difference and no limits of agreement."""
-    table = makeTable(WT=[0.9]).assign(volumePredicted=3.0)
-    panel = pictures.plotVolumes(table).axes[0]
+    panel = pictures.plotVolumes(table[:1]).axes[0]
     assert panel.get_title() == 'WT: difference +1 ml' and not linesOf(panel, 'limit')
 
 
@@ -242,14 +200,11 @@ def test_plotConfusion_showsFractionsOfEachRow():
     fractions = panel.images[0].get_array().filled(np.nan)
     assert np.allclose(fractions[2], [0, 0.25, 0.75, 0]) and np.isnan(fractions[1]).all()
     assert panel.images[0].get_clim() == (0, 1)
-    texts = np.array([text.get_text() for text in panel.texts]).reshape(4, 4)
-    assert texts[0].tolist() == ['99.97%\n3 M', '0.03%\n1 k', '0.00%\n0', '0.00%\n0']
-    assert texts[1].tolist() == ['none'] * 4
-    assert texts[2].tolist() == ['0.00%\n0', '25.00%\n1', '75.00%\n3', '0.00%\n0']
-    assert texts[3, 3] == '100.00%\n34.5 k'
+    texts = {text.get_position(): text.get_text() for text in panel.texts}  # (column, row)
+    assert [texts[column, 0] for column in range(4)] == ['99.97%\n3 M', '0.03%\n1 k', '0.00%\n0', '0.00%\n0']
+    assert [texts[column, 1] for column in range(4)] == ['none'] * 4
+    assert (texts[1, 2], texts[2, 2], texts[3, 3]) == ('25.00%\n1', '75.00%\n3', '100.00%\n34.5 k')
     assert (panel.get_xlabel(), panel.get_ylabel()[:14]) == ('class in prediction', 'class in truth')
-    columns = [(text.get_position(), text.get_text()) for text in panel.texts]
-    assert ((1, 2), '25.00%\n1') in columns  # column, row
 
 
 def test_plotConfusion_sumsPatients():
@@ -266,28 +221,110 @@ def test_plotConfusion_refusesOtherCounts(matrix):
         pictures.plotConfusion(matrix)
 
 
-@pytest.mark.parametrize('plot', [pictures.plotScores, pictures.plotVolumes, pictures.plotCohort])
+@pytest.mark.parametrize('plot', ['plotScores', 'plotVolumes', 'plotCohort', 'plotCurves'])
 def test_plots_refuseAnEmptyTable(plot):
     """A table without rows and one that lacks a column are refused."""
-    full = makeCohort() if plot is pictures.plotCohort else makeTable(WT=[1.0])
+    history = pd.DataFrame({'epoch': [1], 'trainLoss': [1], 'valLoss': [1]})
+    full = {'plotCohort': makeCohort(), 'plotCurves': history}.get(plot, makeTable(WT=[1.0]))
     for table in (full[:0], full.drop(columns=full.columns[1])):
         with pytest.raises(ValueError, match='expected'):
-            plot(table)
-
-
-def test_plots_drawOnePatient():
-    """The scores of a single patient without tumor are drawn."""
-    table = scoreTable({'p1': scorePatient(np.zeros((2, 3, 4), int), np.zeros((2, 3, 4), int))})
-    for plot in (pictures.plotScores, pictures.plotVolumes):
-        figure = plot(table)
-        figure.canvas.draw()
-        assert 'of 1 patient (' in figure.get_suptitle()
-    assert [list(line.get_ydata()) for line in linesOf(figure.axes[0], 'hollow')] == [[0]]
+            getattr(pictures, plot)(table)
 
 
 @pytest.mark.parametrize('plot', [pictures.plotScores, pictures.plotVolumes])
 def test_plots_warnOfFewerThanTenPatients(plot):
-    """The title of nine patients, whatever the number of their regions, has a warning; that of ten has none."""
+    """The title of one or nine patients, whatever the number of their regions, has a warning; that of ten has none."""
+    table = scoreTable({'p1': scorePatient(np.zeros((2, 3, 4), int), np.zeros((2, 3, 4), int))})  # without tumor
     few, enough = (makeTable(WT=[0.5] * count, ET=[0.5] * count) for count in (9, 10))
+    assert 'of 1 patient (so few that the ' in plot(table).get_suptitle()
     assert 'of 9 patients (so few that the ' in plot(few).get_suptitle()
     assert plot(enough).get_suptitle().endswith('of 10 patients')
+
+
+def makeRules():
+    """Return a table of two rules: of 2020 with two regions, of 2024 with RC and lesion-wise scores."""
+    first = makeTable(WT=[0.9, 0.8], NCR=[0.5, 0.6]).assign(rule='BraTS2020', lesionDice=np.nan, lesionHd95=np.nan)
+    second = makeTable(WT=[0.7, 0.6], RC=[0.1, 0.0]).assign(rule='BraTS2024')
+    second['lesionDice'], second['lesionHd95'] = second['dice'] / 2, [10.0, 20.0, 30.0, 337.0]
+    return pd.concat([first, second], ignore_index=True)
+
+
+def test_plotScores_drawsEachRule():
+    """Each rule has a row with its own regions, and one more for lesions; the penalty of 2024 is marked."""
+    figure = pictures.plotScores(makeRules())
+    assert [panel.get_title(loc='left') for panel in figure.axes[::2]] == [
+        'BraTS2020, whole volume',
+        'BraTS2024, whole volume',
+        'BraTS2024, lesion by lesion',
+    ]
+    dice = [[list(line.get_ydata()) for line in linesOf(panel, 'full')] for panel in figure.axes[::2]]
+    assert dice == [[[0.9, 0.8], [0.5, 0.6]], [[0.7, 0.6], [0.1, 0]], [[0.35, 0.3], [0.05, 0]]]
+    labels = [[text.get_text().split('\n')[0] for text in panel.get_xticklabels()] for panel in figure.axes[::2]]
+    assert labels == [['WT', 'NCR'], ['WT', 'RC'], ['WT', 'RC']]
+    lesions = figure.axes[-1]
+    assert lesions.get_title().startswith('337 mm') and linesOf(lesions, 'empty')[0].get_ydata()[0] == 337
+    figure.canvas.draw()
+    one = pictures.plotScores(makeRules().query('rule == "BraTS2020"'))
+    assert len(one.axes) == 2
+
+
+def test_plotScores_countsWhatHasNoScoreBy2026():
+    """By 2026 an empty region has no score: it is left out of the mean, and the label says of how many."""
+    table = makeTable(WT=[0.9, 0.7], ET=[np.nan, 0.4], RC=[np.nan] * 2).assign(rule='BraTS2026')
+    panel = pictures.plotScores(table).axes[0]
+    texts = [text.get_text() for text in panel.get_xticklabels()]
+    assert texts[0].startswith('WT\nmean 0.80') and 'without' not in texts[0]
+    assert texts[1] == 'ET\nmean 0.40\n(0.40 to 0.40)\n1 without a score'
+    assert texts[2] == 'RC\nnobody has a score\n2 without a score'
+    assert 'no mean' in pictures.plotScores(table.assign(rule='BraTS2020')).axes[0].get_xticklabels()[1].get_text()
+
+
+def test_plotScores_drawsInfiniteDistances():
+    """An infinite HD95 is drawn at the penalty of the rule, which the title says, and there is no mean."""
+    table = makeTable(WT=[0.9, 0.0]).assign(rule='BraTS2026')
+    table['hd95'] = [3.0, np.inf]
+    figure = pictures.plotScores(table)
+    panel = figure.axes[1]
+    assert panel.get_title() == 'infinite, drawn at 373 mm: no lesion was matched'
+    assert list(linesOf(panel, 'full')[0].get_ydata()) == [3, 373]
+    assert panel.get_xticklabels()[0].get_text() == 'WT\nthe mean is\ninfinite'
+    figure.canvas.draw()
+
+
+def test_plotComparison_showsTheDifferences():
+    """Dots are the differences by color of their direction; mean, interval and counts are those of compare."""
+    a, b = makeTable(WT=[0.5, 0.6, 0.7], ET=[0.1, 0.2, 0.3]), makeTable(WT=[0.6, 0.6, 0.5], ET=[0.1, 0.2, 0.3])
+    figure = pictures.plotComparison(a, b, ('old', 'new'))
+    dice, hd95 = figure.axes
+    summary = compare(a, b)
+    dots = [list(np.round(line.get_ydata(), 9)) for line in linesOf(dice, 'full')]
+    assert dots == [[0.1], [0.0], [-0.2], [], [0, 0, 0], []]
+    assert [list(np.round(line.get_ydata(), 9)) for line in linesOf(hd95, 'full')][:3] == [[-1], [0], [2]]
+    colors = [[line.get_markerfacecolor() for line in linesOf(panel, 'full')][:3] for panel in figure.axes]
+    assert colors[0] == colors[1] and len(set(colors[0])) == 3
+    for score, panel in (('dice', dice), ('hd95', hd95)):
+        mean, _, (bar,) = panel.containers[0]
+        row = summary.loc[('WT', score)]
+        assert mean.get_ydata() == [row['mean']]
+        assert np.allclose(bar.get_segments()[0][:, 1], [row['low'], row['high']])
+    text = dice.get_xticklabels()[0].get_text()
+    assert text.startswith('WT\nmean -0.033\n-') and text.endswith('1 better\n1 worse\np = 1')
+    assert hd95.get_ylim()[0] > 0 > hd95.get_ylim()[1]  # smaller distances are up
+    assert hd95.get_ylim()[0] > 2 and dice.get_ylim()[0] < -0.2
+    assert figure.get_suptitle().startswith('new compared with old: 3 patients (so few that')
+    assert legendTexts(figure)[0] == 'a patient: new better'
+
+
+def test_plotComparison_drawsEachRule():
+    """Each rule has its rows, infinite differences lie beyond the others, and other tables are refused."""
+    a = makeRules()
+    b = a.assign(dice=a['dice'] + 0.05, hd95=a['hd95'].where(a.index != 0, np.inf))
+    figure = pictures.plotComparison(a, b)
+    assert len(figure.axes) == 6
+    figure.canvas.draw()
+    (worse,) = [line for line in linesOf(figure.axes[1], 'full')[:3] if len(line.get_ydata()) and line.get_ydata()[0]]
+    assert np.isfinite(worse.get_ydata()).all() and worse.get_ydata()[0] < figure.axes[1].get_ylim()[0]
+    with pytest.raises(ValueError, match='other patients'):
+        pictures.plotComparison(a, b.replace('a', 'x'))
+    with pytest.raises(ValueError, match='lacks the columns'):
+        pictures.plotComparison(a, b.drop(columns='hd95'))

@@ -1,7 +1,6 @@
 import itertools
 
 import numpy as np
-import pytest
 from matplotlib.colors import to_rgb
 
 import config
@@ -9,16 +8,12 @@ from pictures import figure
 
 
 def test_cropBox_keepsAMargin():
-    """The box of rows 5 to 6 and columns 1 to 8 with a margin of 2 is rows 3 to 8, columns 0 to 10 of 10."""
+    """Rows 5 to 6 and columns 1 to 8, with a margin of 2, are rows 3 to 8 and columns 0 to 9; nothing is the whole."""
     mask = np.zeros((12, 10), bool)
+    assert figure.cropBox(mask) == (slice(0, 12), slice(0, 10))
     mask[5, 1] = mask[6, 8] = True
     assert figure.cropBox(mask, margin=2) == (slice(3, 9), slice(0, 10))
     assert figure.cropBox(mask, margin=0) == (slice(5, 7), slice(1, 9))
-
-
-def test_cropBox_ofNothingIsTheWhole():
-    """An empty mask is not cropped."""
-    assert figure.cropBox(np.zeros((3, 4, 5), bool)) == (slice(0, 3), slice(0, 4), slice(0, 5))
 
 
 def test_foreground_isAboveTheBackground():
@@ -52,19 +47,11 @@ def test_unpackPrediction_takesFlairOrTheFirstChannel():
     assert (volume.max(), modality, list(classes)) == (0, 'channel 0', ['truth', 'prediction'])
 
 
-@pytest.mark.parametrize(('shape', 'number', 'name'), [((1, 2, 3), 0, 'truth'), ((1, 2, 4), 4, 'truth')])
-def test_unpackPrediction_refusesOtherShapesAndClasses(shape, number, name):
-    """A truth of another shape, and one with a class that does not exist, are named."""
-    yhat = np.zeros((1, 2, 4), int)
-    with pytest.raises(ValueError, match=f'{name}.*expected'):
-        figure.unpackPrediction(np.zeros((1, 3, 2, 4)), np.full(shape, number), yhat)
-
-
-def test_cautionText_warnsBelowTen():
-    """Nine patients are few, ten are enough."""
-    assert figure.cautionText(1, 'it says little') == ' (so few that it says little)'
-    assert figure.cautionText(9, 'it says little') == ' (so few that it says little)'
-    assert figure.cautionText(10, 'it says little') == ''
+def test_countText_warnsBelowTen():
+    """Nine patients are few, ten are enough; without a caution neither is."""
+    assert figure.countText(1, 'it says little') == '1 patient (so few that it says little)'
+    assert figure.countText(9, 'it says little') == '9 patients (so few that it says little)'
+    assert figure.countText(10, 'it says little') == '10 patients' and figure.countText(9) == '9 patients'
 
 
 def test_classColors_areDistinctForEveryone():

@@ -52,14 +52,6 @@ def test_makeGifs_drawsEachClassInItsColor(tmp_path):
             assert np.allclose(pixel, expected, atol=1)
 
 
-def test_makeGifs_paletteHasNoColorTwice(tmp_path):
-    """The file's palette is 32 greys for each of the 4 classes, all different: a duplicate makes writing slow."""
-    (path,) = pictures.makeGifs(*makePrediction(), folder=tmp_path)
-    with Image.open(path) as gif:
-        palette = np.reshape(gif.getpalette(), (-1, 3))
-    assert len(palette) == len(np.unique(palette, axis=0)) == 128
-
-
 @pytest.mark.parametrize(
     ('view', 'voxel'), [('axial', (1, 17, 20)), ('coronal', (2, 17, 20)), ('sagittal', (2, 17, 20))]
 )
@@ -71,18 +63,10 @@ def test_makeGifs_frontRightTopIsTopRight(tmp_path, view, voxel):
     (path,) = pictures.makeGifs(x, None, y, tmp_path, views=(view,))
     frames, _ = readGif(path)
     width, height = {'axial': (16, 18), 'coronal': (16, 2), 'sagittal': (18, 2)}[view]
-    pitch = frames.shape[2] // 2
+    pitch = frames.shape[2] // 2  # without y there are two panels
     panel = frames[:, 15 : 15 + height, pitch : pitch + width]
     isColored = np.ptp(panel, axis=-1) > 0
     assert np.argwhere(isColored.any(0)).tolist() == [[0, width - 1]]
-
-
-def test_makeGifs_withoutTruthHasTwoPanels(tmp_path):
-    """Without y the frames are a third narrower than with it."""
-    x, y, yhat = makePrediction()
-    withTruth, _ = readGif(pictures.makeGifs(x, y, yhat, tmp_path, 'a')[0])
-    without, _ = readGif(pictures.makeGifs(x, None, yhat, tmp_path, 'b')[0])
-    assert without.shape[2] * 3 == withTruth.shape[2] * 2
 
 
 def test_makeGifs_withoutBrainHasOneFrame(tmp_path):

