@@ -381,7 +381,8 @@ def validate(model, criterion, loader, dice=False):
     """
     noteValidation(model, getattr(loader, 'dataset', None))
     model.to(memory_format=torch.channels_last).eval()  # weights converted in inference_mode cannot train
-    classes, device, patients = config.NO_CLASSES, _deviceOf(model), _patientsOf(loader)
+    classes, device = config.NO_CLASSES, _deviceOf(model)
+    patients = _patientsOf(loader) if dice else None
     numPatients = 1 if patients is None else int(patients.max()) + 1
     # pixels of each (patient, true class, predicted class)
     counts = torch.zeros(numPatients * classes**2, dtype=torch.int64, device=device)
