@@ -533,10 +533,10 @@ def predict(
 
     Raises:
         ValueError, FileNotFoundError: bad data, as in `patients.readCase`; the transform changes the shape, or
-            stretches in another way than the training; the stride leaves pixels out.
+            stretches in another way than the training; the stride leaves pixels out; probabilities are not finite.
     """
     inputs, models = inputsOf(model, transform, planes), membersOf(model)
-    found = _segment(*_prepare(paths, inputs[0]), models, inputs, patchStride, device, mirror, probabilities)
+    found = _segment(_prepare(paths, inputs[0]), models, inputs, patchStride, device, mirror, probabilities)
     return found.plain()
 
 
@@ -579,7 +579,7 @@ class Segmentation(NamedTuple):
 def segment(paths, members, transform=None, planes=None, measure=None, **options):
     """Return the `Segmentation` of one patient; see `segmentAll`."""
     inputs = inputsOf(members, transform, planes)
-    return _segment(*_prepare(paths, inputs[0]), members, inputs, measure=measure, **options)
+    return _segment(_prepare(paths, inputs[0]), members, inputs, measure=measure, **options)
 
 
 def segmentAll(df, model, transform=None, planes=None, measure=None, **options):
@@ -611,23 +611,22 @@ def segmentAll(df, model, transform=None, planes=None, measure=None, **options):
                 leaveOut(error, f'{number} of {len(rows)} patients were segmented before.')
                 continue
             chosen = [each for member, each in zip(models, inputs, strict=True) if member in members[patient]]
-            yield patient, _segment(*case, members[patient], chosen, measure=measure, **options)
+            yield patient, _segment(case, members[patient], chosen, measure=measure, **options)
 
 
 def _prepare(paths, settings):
-    """Return x float32 (D, C, W, H), y int64 (D, W, H) or None, and the brain mask bool (D, W, H) of one patient."""
+    """Return the id of a patient, x float32 (D, C, W, H), y int64 (D, W, H) or None, the brain mask bool (D, W, H)."""
     image, label = readCase(paths, settings.modalities)
     isBrain = torch.from_numpy(maskFunction(image).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
     warnOfUnfit(patientOf(paths), isBrain.numpy(), spacingOf(paths))
     x, y = transformVolume(image, label, settings.transform, patientOf(paths))
-    return x, None if y is None else y.long(), isBrain
+    return patientOf(paths), x, None if y is None else y.long(), isBrain
 
 
-def _segment(
-    x, y, isBrain, models, inputs, patchStride=None, device=None, mirror=False, probabilities=False, measure=None
-):
+def _segment(case, models, inputs, patchStride=None, device=None, mirror=False, probabilities=False, measure=None):
     """Return the `Segmentation` of a patient from what `_prepare` returns; `inputs` has an `Input` for each model."""
-    device, measured = torch.device(device or config.DEVICE), []
+    (patient, x, y, isBrain), measured = case, []
+    device = torch.device(device or config.DEVICE)
     yhat, probability = torch.zeros(isBrain.shape, dtype=torch.int64), None
     if probabilities:
         probability = torch.zeros(len(x), config.NO_CLASSES, *x.shape[2:])
@@ -642,7 +641,13 @@ def _segment(
             if measure is not None:
                 measured.append(measure(byPlane))
         slices, *inSlice = box
-        yhat[box] = total.max(1).indices.cpu()  # argmax takes ten times as long as max
+        highest, classes = total.max(1)  # argmax takes ten times as long
+        if not highest.isfinite().all():
+            raise ValueError(
+                f'{patient}: the probabilities of some voxels are not finite, so they have no class. Are the weights '
+                'finite? Are the numbers inside the network too large for float16?'
+            )
+        yhat[box] = classes.cpu()
         if probabilities:
             probability[slices, :, *inSlice] = total.cpu() / len(models)
     return Segmentation(x, y, yhat, probability, measured)
@@ -674,9 +679,10 @@ def _predictPlanes(x, isBrain, box, model, settings, patchStride, mirror, byPlan
                 view[[number - first.start for number in slices]] += values
             if byPlane is not None:
                 total += own
-                own[:, :1] += 1 - own.sum(1, keepdim=True)
+                own[:, :1] += (1 - own.sum(1, keepdim=True)).clamp_min(0)
                 byPlane.append(own)
-    total[:, :1] += len(settings.planes) - total.sum(1, keepdim=True)  # what no window covers is background
+    # what no window covers is background; rounding makes no probability negative
+    total[:, :1] += (len(settings.planes) - total.sum(1, keepdim=True)).clamp_min(0)
     return total
 
 

@@ -142,7 +142,8 @@ def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
         probability: float32 (D, K, W, H), only with `probabilities = True`.
 
     Raises:
-        ValueError, FileNotFoundError: bad data, as in `patients.readCase`; or a bad folder, as in `loadFolder`.
+        ValueError, FileNotFoundError: bad data, as in `patients.readCase`; a bad folder, as in `loadFolder`; or
+            probabilities that are not finite.
     """
     network = folder if isinstance(folder, Network) else loadFolder(folder)
     yhat, probability = segment(*prepare(paths, network.about), network, patchStride, mirror, probabilities)
@@ -150,7 +151,7 @@ def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
 
 
 def prepare(paths, about):
-    """Return the stretched image of a patient, float32 (D, C, W, H), and its brain mask, bool (D, W, H)."""
+    """Return a patient's id, its stretched image, float32 (D, C, W, H), and its brain mask, bool (D, W, H)."""
     images = _imagesOf(paths, about)
     image, _ = readCase(images, about['modalities'])
     isBrain = maskFunction(image).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
@@ -162,7 +163,7 @@ def prepare(paths, about):
         values, mask = turn(channel), maskFunction(turn(channel))
         stretched = stretch(values, mask, *findLimits(values[mask], percentiles), outRange)
         channels.append(turnBack(stretched).transpose(2, 0, 1))
-    return np.stack(channels, axis=1), isBrain
+    return patientOf(paths), np.stack(channels, axis=1), isBrain
 
 
 def _imagesOf(paths, about):
@@ -170,8 +171,12 @@ def _imagesOf(paths, about):
     return {name: paths[name] for name in about['modalities'] if hasFile(paths, name)}
 
 
-def segment(x, isBrain, network, patchStride=None, mirror=False, probabilities=False):
-    """Return classes int64 (D, W, H) from what `prepare` returned, and probabilities float32 (D, K, W, H) or None."""
+def segment(patient, x, isBrain, network, patchStride=None, mirror=False, probabilities=False):
+    """Return classes int64 (D, W, H) from what `prepare` returned, and probabilities float32 (D, K, W, H) or None.
+
+    Raises:
+        ValueError: probabilities are not finite.
+    """
     numClasses = len(network.about['classes'])
     yhat, probability = np.zeros(isBrain.shape, np.int64), None
     if probabilities:
@@ -183,6 +188,8 @@ def segment(x, isBrain, network, patchStride=None, mirror=False, probabilities=F
             predictBatch = partial(_predictPatches, run, mirror, member['activation'])
             sums = _predictPlanes(x, isBrain, box, numClasses, member, predictBatch, patchStride)
             total = total + sums / len(member['planes'])
+        if not np.isfinite(total.max(1)).all():
+            raise ValueError(f'{patient}: the probabilities of some voxels are not finite, so they have no class.')
         yhat[box] = total.argmax(1)
         if probabilities:
             slices, *inSlice = box
@@ -205,7 +212,8 @@ def _predictPlanes(x, isBrain, box, numClasses, member, predictBatch, patchStrid
             slices, values = _averageWindows(image, windows, lowest, size, numClasses, predictBatch)
             values = values if patchStride is None else values[:, :, *inPlane]
             view[[number - first.start for number in slices]] += values
-    total[:, 0] += len(member['planes']) - total.sum(1)  # what no window covers is background
+    # what no window covers is background; rounding makes no probability negative
+    total[:, 0] += np.maximum(len(member['planes']) - total.sum(1), 0)
     return total
 
 

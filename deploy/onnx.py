@@ -170,7 +170,7 @@ def _runTorch(model, patches):
 
 
 def _casesOf(patients, about):
-    """Return a list of (image float32 (D, C, W, H), brain mask bool (D, W, H)), of patients or of one random image."""
+    """Return a list of what `predictor.prepare` returns, of patients or of one random image."""
     if patients is not None and len(patients):
         return [prepare(paths, about) for _, paths in patients.iterrows()]
     low, high = about['stretching'][1]
@@ -178,7 +178,7 @@ def _casesOf(patients, about):
     x = torch.nn.functional.interpolate(values, (80, 70), mode='bilinear').clamp(low, high).numpy()
     isBrain = np.zeros((9, 80, 70), bool)
     isBrain[1:, 6:70, 3:61] = True
-    return [(np.where(isBrain[:, None], x, np.float32(low)), isBrain)]
+    return [('a random image', np.where(isBrain[:, None], x, np.float32(low)), isBrain)]
 
 
 def _compare(case, networks, file):

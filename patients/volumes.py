@@ -87,14 +87,16 @@ def planWindows(isBrain, patchStride, patchSize, multiple):
     Args:
         isBrain: bool (D, H, W).
         patchStride: pixels between windows of `patchSize`; None: one window over the brain's bounding box.
-        multiple: the sides of that one window are a multiple of it, as the encoder halves its input several times.
+        multiple: the sides of that one window are a multiple of it, as the encoder halves its input several times. They
+            are at least twice as long: in bfloat16, torch 2.14 reads memory that nobody wrote where the deepest map is
+            one pixel wide.
     """
     if patchStride is not None:
         rows, columns = (windowStarts(length, patchSize, patchStride) for length in isBrain.shape[1:])
         starts = [(int(row), int(column)) for row in rows for column in columns]
         return (slice(None), slice(None)), starts, (patchSize, patchSize)
     box = boundingBox(isBrain.any(0))
-    return box, [(0, 0)], tuple(math.ceil((part.stop - part.start) / multiple) * multiple for part in box)
+    return box, [(0, 0)], tuple(max(2, math.ceil((part.stop - part.start) / multiple)) * multiple for part in box)
 
 
 def groupWindows(isBrain, starts, size, batchSize):

@@ -15,10 +15,12 @@ from monai.inferers import SlidingWindowInferer
 import batched
 import config
 import engine
+import predictor
 import preprocess
 import provenance
 import utils
 from conftest import COLUMNS
+from patients.volumes import PLANES
 
 SCALER = torch.amp.GradScaler('cuda', enabled=False)
 PATIENTS = ['BraTS20_Training_001', 'BraTS20_Training_002', 'BraTS20_Training_003']
@@ -462,6 +464,62 @@ def test_predict_averagesTheMembersOfAnEnsemble(writeCase, inFloat32):
     torch.testing.assert_close(found, (axial + turned) / 2)
     hasBrain = (x != -1).any(1)
     assert torch.equal(yhat[hasBrain], found.argmax(1)[hasBrain])
+
+
+class Sure(torch.nn.Module):
+    """Logits so far apart that the sum of the three tumor classes is rounded to more than 1 at some pixels."""
+
+    def forward(self, x):
+        places = torch.linspace(0, 700, x.shape[2] * x.shape[3], device=x.device).reshape(x.shape[2:])
+        return torch.stack([torch.full_like(places, -40), places.sin(), places.cos(), places.sin() * 3])[None].repeat(
+            len(x), 1, 1, 1
+        )
+
+
+@pytest.mark.parametrize('stride', [None, 24])
+def test_predict_givesNoNegativeProbability(writeCase, inFloat32, stride):
+    """Whatever rounding does to the sum over planes and windows, here and without torch."""
+    paths, _ = makePatient(writeCase, (70, 36, 20))
+    member = {'planes': list(PLANES), 'patchSize': 64, 'multiple': 32, 'activation': 'softmax'}
+    about = {
+        'modalities': list(config.MODALITIES),
+        'classes': range(4),
+        'members': [member],
+        'stretching': (config.STRETCH_PERCENTILES, config.STRETCH_RANGE),
+    }
+    network = predictor.Network(about, [lambda patches: Sure()(torch.from_numpy(patches)).numpy()])
+    config.PATCH_SIZE = 64
+    found = engine.predict(paths, Sure(), patchStride=stride, probabilities=True, planes=list(PLANES))[3].numpy()
+    other = predictor.predict(paths, network, patchStride=stride, probabilities=True)[1]
+    for probability in (found, other):
+        assert probability.min() >= 0
+        np.testing.assert_allclose(probability.sum(1), 1, atol=1e-5)
+
+
+def test_predict_refusesProbabilitiesThatAreNotFinite(writeCase):
+    """NaN would be a class without a word; the error names the patient."""
+    paths, _ = makePatient(writeCase, (70, 36, 20))
+
+    class Broken(Sure):
+        def forward(self, x):
+            logits = super().forward(x)
+            logits[0, 2, 5, 5] = np.nan
+            return logits
+
+    with pytest.raises(ValueError, match=f'{PATIENTS[0]}: the probabilities of some voxels are not finite'):
+        engine.predict(paths, Broken())
+
+
+@pytest.mark.parametrize('shape', [(60, 20, 5), (60, 20, 33), (60, 36, 70)])
+def test_predict_givesTheSameTwiceForSmallVolumes(writeCase, shape):
+    """In bfloat16 torch 2.14 reads memory that nobody wrote where the deepest map is one pixel wide: none is."""
+    paths, _ = makePatient(writeCase, shape)
+    sides = set()
+    model = makeUnet().eval()
+    model.encoder.register_forward_pre_hook(lambda _, given: sides.update(given[0].shape[2:]))
+    options = {'planes': list(PLANES), 'probabilities': True}
+    first, second = engine.predict(paths, model, **options)[3], engine.predict(paths, model, **options)[3]
+    assert torch.equal(first, second) and min(sides) >= 2 * 2**config.ENCODER_DEPTH
 
 
 def test_predict_refusesAnUnknownPlane(writeCase):
