@@ -49,6 +49,11 @@ LAYOUTS = {  # edition -> file name, columns, labels
 }
 
 
+def pytest_collection_modifyitems(items):
+    """Run the slow tests first, so that no process waits for the last one."""
+    items.sort(key=lambda item: item.get_closest_marker('slow') is None)
+
+
 def listOf(numPatients):
     """Return the file list of patients of 2021 whose files do not exist."""
     rows = {f'BraTS2021_{i:05d}': [f'BraTS2021_{i:05d}_{column}.nii' for column in COLUMNS] for i in range(numPatients)}

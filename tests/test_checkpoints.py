@@ -311,6 +311,7 @@ def runEpochs(folder, upTo, workers, isBatched):
     return model.state_dict(), checkpoints.readHistory(), random.random(), np.random.rand()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:The model was trained on')
 @pytest.mark.parametrize('isBatched', [False, True])
 @pytest.mark.parametrize('workers', [0, 2])

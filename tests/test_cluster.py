@@ -50,6 +50,7 @@ def filesOf(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
+@pytest.mark.slow
 def test_cluster_writesTheFilesOfOneProcess(client, df, model, tmp_path):
     """Patches, segmentations and scores are the same, byte for byte; the values of `config` reach the processes."""
     config.PLANES, config.PATCH_STRIDE = ('axial', 'sagittal'), 16
@@ -107,6 +108,7 @@ def dieOnce(folder, paths):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_cluster_survivesTheDeathOfAProcess(client, df, tmp_path):
     """A process is killed in the middle of its work: another one does what it had to do."""
     with joblib.parallel_config('dask', n_jobs=2):

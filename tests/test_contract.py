@@ -133,6 +133,7 @@ def test_contract_keepsNamesAndOrderOfArguments(call):
     assert all(other.default is not other.empty or other.kind == other.VAR_KEYWORD for other in others)
 
 
+@pytest.mark.slow
 def test_contract_runsAsAScriptUnderSpawn(tmp_path):
     """The notebook's calls run as a script from another folder under spawn, write their files and warn of nothing."""
     (tmp_path / 'script.py').write_text(SCRIPT.format(home=str(HOME)))

@@ -39,6 +39,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('error:The model was trained on')
 def test_crossValidation_testsEachPatientOnceInAFolderOfItsFold(home):
     """Five patients in five folds are each scored once, by a model that has not seen them; run again, none trains."""
@@ -144,6 +145,7 @@ def test_scores_comparesTwoFolders(home):
     assert (home / 'comparison.png').is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:The model was trained on')
 def test_quality_estimatesNewPatients(home):
     """The block of docs/quality.md tests a fit on seven patients, and estimates the Dice of a new one."""

@@ -108,11 +108,19 @@ def test_makeCriterion_weighsByGamma(gamma, expected):
 
 
 def test_precision_dependsOnTheDevice(monkeypatch):
-    """A GPU with native bfloat16 computes in it, an older one in float16; autocast is off on mps."""
+    """bfloat16 where it is the fastest: not on an Intel without AMX; an older GPU computes in float16."""
     for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation, native=native: native)
         assert engine.precision('cuda') is expected
     assert engine.precision('mps') is None
+    for found, expected in (
+        ({'cpu_name': 'Intel Xeon', 'avx512_bf16': True, 'amx_bf16': True}, torch.bfloat16),
+        ({'cpu_name': 'Intel Xeon', 'avx512_bf16': True, 'amx_bf16': False}, None),
+        ({'cpu_name': 'AMD Zen 4', 'avx512_bf16': True}, torch.bfloat16),
+        ({}, None),
+    ):
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda found=found: found, raising=False)
+        assert engine.precision('cpu') is expected
 
 
 def test_makeCriterion_sumsDiceAndCrossEntropy():
@@ -363,6 +371,7 @@ def test_train_refusesAnOptimizerOfAnotherModel():
         engine.train(model, torch.nn.CrossEntropyLoss(), torch.optim.SGD(other.parameters(), 0.1), SCALER, [])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:The model was trained on')
 @pytest.mark.parametrize('cache', [0, 4])
 def test_train_keepsMemoryAndHandlesBounded(writeCase, tmp_path, cache):

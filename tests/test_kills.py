@@ -102,7 +102,8 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(('workers', 'isBatched'), [(0, True), (0, False), (2, True), (2, False)])
+@pytest.mark.slow
+@pytest.mark.parametrize(('workers', 'isBatched'), [(0, True), (2, False)])
 def test_script_killedAtAnyMomentEndsLikeAnUninterruptedRun(data, tmp_path, workers, isBatched):
     """After each SIGKILL all files are whole; the final weights, segmentation and GIF equal the uninterrupted run's."""
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'

@@ -72,6 +72,7 @@ def onTwoRanks(tmp_path_factory):
     return list(zip(*(torch.load(folder / f'{number}.pt', weights_only=False) for number in range(2)), strict=True))
 
 
+@pytest.mark.slow
 def test_share_makesAStepOfTwoRanksEqualToOneOfTheWholeBatch(onTwoRanks):
     """Loss, gradients and statistics of batch norm are those of one process with the whole batch."""
     layers, criterion = makeLayers(), engine.DiceAndCrossEntropy()

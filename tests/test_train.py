@@ -53,6 +53,7 @@ def assertEqual(file, other):
 # One network
 
 
+@pytest.mark.slow
 def test_trainModel_resumesToTheSameWeights(df, monkeypatch):
     """Stopped after the first epoch and called again, it ends with the weights of an uninterrupted run."""
     traindf, valdf, _ = utils.split(df)
@@ -79,6 +80,7 @@ def test_trainModel_givesTheFinalWeights(df):
 # Members
 
 
+@pytest.mark.slow
 def test_trainMembers_trainsEachFoldInItsFolder(df, capsys):
     """Two folds and a plane with another seed; each has its folder, and its patients are the fold's."""
     members = [{'fold': 0, 'of': 2}, {'fold': 1, 'of': 2}, {'plane': 'coronal', 'seed': 5, 'EPOCHS': 1}]
@@ -119,6 +121,7 @@ def isTraining(process, file):
     return log in [opened.path for opened in psutil.Process(process).open_files()]
 
 
+@pytest.mark.slow
 def test_trainMembers_goOnAfterOneWasKilledAndOneFailed(df):
     """On two devices one member is killed and one cannot train: the third ends; run again, all equal one process's."""
     config.EPOCHS = 4
@@ -190,6 +193,7 @@ def startRanks(folder, **values):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_torchrun_trainsAsOneProcessAndSurvivesAKilledRank(df, tmp_path):
     """Two ranks have the losses of one process; a killed rank ends both by name; resumed, the weights are the same."""
     plain = {'SPATIAL_PROBABILITY': 0.0, 'CONTRAST_PROBABILITY': 0.0, 'INTENSITY_PROBABILITY': 0.0}
@@ -213,6 +217,7 @@ def test_torchrun_trainsAsOneProcessAndSurvivesAKilledRank(df, tmp_path):
         assert one['trainLoss'] == pytest.approx(other['trainLoss'], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_trainModel_givesTheNotebooksWeights(df, tmp_path):
     """The notebook's cells, run from the split to the end of the training, and one call end with the same weights."""
     sources = sourcesOf(HOME / 'brats_segmentation.ipynb')

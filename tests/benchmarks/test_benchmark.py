@@ -24,6 +24,7 @@ def oneThread():
     torch.set_num_threads(numThreads)
 
 
+@pytest.mark.slow
 def test_main_measuresEveryStage(tmp_path, monkeypatch, capsys, oneThread):
     """One run times every method of every stage, writes both tables, and prints them as in the README."""
     for package in ('monai', 'kornia', 'batchgeneratorsv2', 'surface_distance'):
@@ -74,6 +75,7 @@ def test_benchReading_comparesMemoryWithFile(tmp_path):
     assert before == config.CACHE_PATCHES
 
 
+@pytest.mark.slow
 def test_benchMemory_findsLessThanTheNaiveBaseline(tmp_path, monkeypatch):
     """Cutting and predicting need memory, and less than half of what the naive baselines need."""
     phantom.makeCases(tmp_path / 'data', 1, shape=(160, 160, 48))

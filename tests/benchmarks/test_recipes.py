@@ -9,6 +9,7 @@ import phantom
 from benchmarks import peers, recipes
 
 
+@pytest.mark.slow
 def test_main_scoresEachPatientOnceByRecipe(tmp_path, monkeypatch):
     """Three patients in three folds, two recipes: each is scored twice; a second call trains nothing."""
     small = {'ENCODER_DEPTH': 3, 'DECODER_CHANNELS': (16, 8, 8)}
@@ -30,6 +31,7 @@ def test_main_scoresEachPatientOnceByRecipe(tmp_path, monkeypatch):
     assert summary.loc['planes', 'dice WT'] == pytest.approx(planes['dice'].mean(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_peer_isTrainedForTheTimeAndScoresWholePatients(tmp_path, monkeypatch):
     """MONAI's network makes a step at least, predicts classes on the grid of the truth, and is not trained twice."""
     monkeypatch.setattr(peers, 'CROP', 32)
