@@ -296,11 +296,12 @@ def _checkSteps(path, state, scheduler):
             f'{path} belongs to a run with {found:g} batches an epoch, this one has {expected:g}: its learning rate '
             'would decay wrongly. Set config.BATCHSIZE and the patches as they were.'
         )
-    # its last epoch may have been a short one, so that the epochs left would not make config.STEPS
-    if config.STEPS and state.get('last_epoch', 0) >= state.get('planned', float('inf')) != config.STEPS:
+    planned = state.get('planned')
+    # the last epoch of a run that has ended may be a short one: the epochs left would not make config.STEPS
+    if config.STEPS and planned not in (None, config.STEPS) and state['last_epoch'] >= planned:
         raise ValueError(
-            f'{path} has ended after its {state["planned"]} steps, config.STEPS is {config.STEPS}: begin a new run in '
-            'another config.OUTPUT_FOLDER.'
+            f'{path} has ended after its {planned} steps, config.STEPS is {config.STEPS}: begin a new run in another '
+            'config.OUTPUT_FOLDER.'
         )
 
 
