@@ -239,7 +239,7 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
         if average is not None:
             average.load_state_dict(checkpoint['average'])
         _checkSteps(path, checkpoint['scheduler'], scheduler)
-        _tellOtherLength(checkpoint)
+        _tellOtherLength(checkpoint, scheduler)
     unwrap(model).load_state_dict(weights)
     unwrap(model).provenance = (
         checkpoint['provenance'] if optimizer is not None else asEarlier(checkpoint['provenance'])
@@ -289,27 +289,36 @@ def _bestWeights(checkpoint):
 
 def _checkSteps(path, state, scheduler):
     """Raise a ValueError if a schedule that is stepped by the batch is resumed with another number of batches."""
-    found, expected = (state or {}).get('stepsPerEpoch'), getattr(scheduler, 'stepsPerEpoch', None)
+    state = state or {}
+    found, expected = state.get('stepsPerEpoch'), getattr(scheduler, 'stepsPerEpoch', None)
     if None not in (found, expected) and found != expected:
         raise ValueError(
             f'{path} belongs to a run with {found:g} batches an epoch, this one has {expected:g}: its learning rate '
             'would decay wrongly. Set config.BATCHSIZE and the patches as they were.'
         )
+    planned = state.get('planned')
+    # the last epoch of a run that has ended may be a short one: the epochs left would not make config.STEPS
+    if config.STEPS and planned not in (None, config.STEPS) and state['last_epoch'] >= planned:
+        raise ValueError(
+            f'{path} has ended after its {planned} steps, config.STEPS is {config.STEPS}: begin a new run in another '
+            'config.OUTPUT_FOLDER.'
+        )
 
 
-def _tellOtherLength(checkpoint):
-    """Print what changes if a run is resumed with another number of ranks or epochs."""
+def _tellOtherLength(checkpoint, scheduler):
+    """Print what changes if a run is resumed with another number of ranks or steps."""
     if checkpoint['ranks'] != numRanks():
         print(
             f'The run had {checkpoint["ranks"]} ranks and now has {numRanks()}: the same batches, but augmented by '
             'other draws.'
         )
-    before, done = checkpoint['epochs'], checkpoint['nextEpoch']
-    if config.SCHEDULE == 'poly' and before != config.EPOCHS:
-        left, planned = ((1 - min(1, done / epochs)) ** config.POLY_POWER for epochs in (config.EPOCHS, before))
+    before, now = (checkpoint['scheduler'] or {}).get('planned'), getattr(scheduler, 'planned', None)
+    if None not in (before, now) and before != now:
+        done = checkpoint['scheduler']['last_epoch']
+        left, planned = ((1 - min(1, done / steps)) ** config.POLY_POWER for steps in (now, before))
         print(
-            f'The run was begun for {before} epochs and now has {config.EPOCHS}: after {done} epochs the learning rate '
-            f'goes on at {left:.2f} of its maximum, not at {planned:.2f}.'
+            f'The run was begun for {before} steps and now has {now}: after {done} steps the learning rate goes on at '
+            f'{left:.2f} of its maximum, not at {planned:.2f}.'
         )
 
 

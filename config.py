@@ -20,7 +20,9 @@ TEST_FRACTION = 0.15  # of the same patients; scored once, at the end
 PLANES = ('axial', 'coronal', 'sagittal')  # one model is trained on their slices; predictions are averaged over them
 SLICE_STEP = 3  # every third slice of each plane, as neighbours look alike; the first is drawn per patient
 PATCH_SIZE = 128  # pixels, both axes; a multiple of 2 ** ENCODER_DEPTH
-PATCH_STRIDE = 112  # pixels between windows: along 240 pixels they start at 0 and 112
+# Pixels from one window to the next, at most PATCH_SIZE. The last window ends at the edge of the slice, so that nothing
+# is left out: windows start at 0 and 112 along 240 pixels, at 0, 112 and 128 along 256.
+PATCH_STRIDE = 112
 RANDOM_STARTS = True  # the same number of windows, but at starts drawn per slice: a tumor is cut in many ways
 PREPROCESS_WORKERS = 2  # threads that read and cut patients; each holds one patient, about 0.4 GB
 ON_BAD_PATIENT = 'stop'  # or 'leaveOut': patients whose files cannot be used are left out and named
@@ -78,6 +80,7 @@ SCHEDULER_FACTOR = 0.5  # of 'plateau': what the learning rate is multiplied by
 SCHEDULER_PATIENCE = 3  # of 'plateau': epochs without a better validation loss before the rate falls
 AVERAGE = 0.05  # horizon of the moving average of the weights, as a fraction of all steps; 0: none
 EPOCHS = 30
+STEPS = None  # batches of the whole training, whatever the number of patches; EPOCHS then follows from it
 
 # Checkpoints. LAST_CHECKPOINT, BEST_CHECKPOINT (the lowest validation loss) and history.csv lie in OUTPUT_FOLDER.
 # RESULT_CHECKPOINT is the one to predict with: the last one for 'poly', whose learning rate has fallen to 0, the best

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -156,6 +157,18 @@ class DiceAndCrossEntropy(torch.nn.Module):
         return self.dice(logits, label) + self.crossEntropy(logits, label)
 
 
+def planSteps(loader):
+    """Return the batches of the whole training: `config.STEPS`, or `config.EPOCHS` times those of the loader.
+
+    If `config.STEPS` is set, `config.EPOCHS` is set to as many epochs as it takes. The 'poly' schedule ends within the
+    last of them; with 'plateau' it is trained to its end.
+    """
+    if config.STEPS is None:
+        return config.EPOCHS * len(loader)
+    config.EPOCHS = math.ceil(config.STEPS / len(loader))
+    return config.STEPS
+
+
 def makeScheduler(optimizer, numSteps):
     """Return the learning rate scheduler that `config.SCHEDULE` names.
 
@@ -166,7 +179,7 @@ def makeScheduler(optimizer, numSteps):
 
     Args:
         optimizer: whose rate is set.
-        numSteps: batches of the whole training, `config.EPOCHS * len(loader)`.
+        numSteps: batches of the whole training, as `planSteps` returns it.
 
     Raises:
         ValueError: another name.
@@ -186,12 +199,12 @@ class PolySchedule(torch.optim.lr_scheduler.LRScheduler):
     Attributes:
         numSteps: steps of the whole training.
         planned: `numSteps` before the schedule was shortened.
-        stepsPerEpoch: batches of an epoch; a resumed run has to have the same.
+        stepsPerEpoch: batches of an epoch, which a resumed run has to have too; None if `config.STEPS` sets the length.
     """
 
     def __init__(self, optimizer, numSteps):
         self.numSteps = self.planned = numSteps
-        self.stepsPerEpoch = numSteps / config.EPOCHS
+        self.stepsPerEpoch = None if config.STEPS else numSteps / config.EPOCHS
         self._begun = None  # hours and step at the first call of `fit` in this process
         super().__init__(optimizer)
 

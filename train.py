@@ -46,7 +46,7 @@ def trainModel(traindf, valdf=None, tell=print):
 
     Args:
         traindf: file list of the patients to train on.
-        valdf: file list of the patients to validate on; None: no validation.
+        valdf: file list of the patients to validate on; None or empty: no validation.
         tell: function that is called on rank 0 after each epoch, with one line of text.
 
     Returns:
@@ -58,7 +58,7 @@ def trainModel(traindf, valdf=None, tell=print):
     """
     with ranks.firstBeforeOthers():
         numTrain = makeDataset(traindf, config.TRAIN_FILE)
-        numVal = 0 if valdf is None else makeDataset(valdf, config.VAL_FILE)
+        numVal = 0 if valdf is None or valdf.empty else makeDataset(valdf, config.VAL_FILE)
     trainSet = BRATSDataset(config.TRAIN_FILE, numTrain, raw=True)
     valSet = BRATSDataset(config.VAL_FILE, numVal, raw=True) if numVal else None
     trainLoader, valLoader = _makeLoader(trainSet, True), _makeLoader(valSet, False) if valSet else None
@@ -68,7 +68,7 @@ def trainModel(traindf, valdf=None, tell=print):
     shared = ranks.share(model, criterion)
     optimizer = torch.optim.Adam(model.parameters(), config.LEARN_RATE, weight_decay=config.WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(kind, enabled=engine.precision(kind) is torch.float16)
-    numSteps = config.EPOCHS * len(trainLoader)
+    numSteps = engine.planSteps(trainLoader)
     scheduler, average = engine.makeScheduler(optimizer, numSteps), engine.makeAverage(model, numSteps)
     run, augment = (model, optimizer, scheduler, scaler), batched.Batched(makeTransforms()[0])
     *_, start, _, _, best = checkpoints.loadCheckpoint(*run, config.LAST_CHECKPOINT, average)
@@ -259,7 +259,7 @@ def _runOnDevices(jobs, devices):
     """Train each member in a process of its own on the next free device; return what `_runHere` returns."""
     context = multiprocessing.get_context('spawn')  # a forked process could not use the GPU
     waiting, free, running, failed = list(jobs), list(devices), {}, {}
-    bars = {name: tqdm(total=jobs[name][0]['EPOCHS'], desc=name, position=at) for at, name in enumerate(jobs)}
+    bars = {name: tqdm(desc=name, position=at) for at, name in enumerate(jobs)}
     numThreads = max(1, (os.cpu_count() or 1) // len(devices))
     try:
         while waiting or running:
@@ -302,7 +302,7 @@ def _runOnDevices(jobs, devices):
 def _show(bar, state, text):
     """Show in the bar of a member the epoch, or the error, that its process sent."""
     if state == 'epoch':
-        bar.n = int(re.match(r'epoch +(\d+)', text)[1])
+        bar.n, bar.total = map(int, re.match(r'epoch +(\d+) of (\d+)', text).groups())
         bar.set_postfix_str(text.partition(': ')[2])
     elif state == 'failed':
         bar.set_postfix_str(f'failed: {text.splitlines()[0][:60]}')

@@ -33,7 +33,7 @@ def plotCohort(table):
     names = list(config.CLASS_NAMES[1:])
     requireColumns(table, ['edition', 'grade', 'subject', *names])
     volumes = table[names].dropna()  # ml
-    figure = newFigure(9.5, 3.9)
+    figure = newFigure(6.5 + len(names), 3.9)
     bars, panel = figure.subplots(1, 2, width_ratios=(1, 1.25))
     _drawEditions(bars, pd.crosstab(table['edition'], table['grade']))
     scale = scaleAxis(panel.yaxis, volumes)
@@ -160,10 +160,11 @@ def plotVolumes(table):
     requireColumns(table, ['patient', 'region', 'volumeTruth', 'volumePredicted'])
     regions = [region for region in config.REGIONS if region in set(table['region'])]
     volumes = table[['volumeTruth', 'volumePredicted']].to_numpy(float)
-    numRows = len(regions) // 3 + 1  # three panels per row; the last one holds the legend
-    figure = newFigure(8.6, 3 * numRows + 0.4)
+    numColumns = min(3, len(regions) + 1)
+    numRows = len(regions) // numColumns + 1  # the last panel holds the legend
+    figure = newFigure(8.6 * numColumns / 3, 3 * numRows + 0.4)
     figure.get_layout_engine().set(h_pad=0.1)
-    panels = figure.subplots(numRows, 3, squeeze=False).ravel()
+    panels = figure.subplots(numRows, numColumns, squeeze=False).ravel()
     for panel, region in zip(panels, regions, strict=False):
         pairs = volumes[(table['region'] == region).to_numpy()]
         for axis in (panel.xaxis, panel.yaxis):

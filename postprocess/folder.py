@@ -26,7 +26,7 @@ from patients.reading import checkGrid, detectEdition, hasFile, readVolume, spac
 from patients.writing import saveLabelNames, saveProbabilities, saveSegmentation
 from postprocess.components import applyRules, kindOf
 from postprocess.quality import describeDisagreement, measureMember
-from provenance import inputsOf, membersFor, membersOf, stretchingsIn, trainedAmong, warnOfTrained
+from provenance import inputsOf, membersFor, membersOf, provenanceOf, stretchingsIn, trainedAmong, warnOfTrained
 
 
 def predictFolder(df, model, folder, transform=None, rules=None, probabilities=False, part=None, **options):
@@ -66,7 +66,7 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         made['input'] = _describeInput(inputsOf(model, transform, kind['planes']), transform)
         trained = membersFor(model, df)[1]
     before = _refuseOthers(folder, made)
-    about = {**made, 'trainedOn': sorted({*before.get('trainedOn', ()), *trained}), **options}
+    about = {**made, 'trainedOn': _trainedOn(model, {*(before.get('trainedOn') or ()), *trained}), **options}
     if before != json.loads(json.dumps(about, default=str)):  # shards that begin together write the same
         _writeSettings(folder, about)
     file = folder / (f'scores.{number}of{numParts}.csv' if part else 'scores.csv')
@@ -150,6 +150,11 @@ def _addScores(table, file):
         table.to_csv(temporary, index=False)
 
 
+def _trainedOn(model, trained):
+    """Return the ids in order; None if there is none and it is not known whom a member was trained on."""
+    return sorted(trained) or ([] if all(provenanceOf(member) for member in membersOf(model)) else None)
+
+
 def _describeInput(inputs, transform):
     """Return the input settings of the members of an ensemble as JSON has them; of the transforms their stretchings."""
     source = 'given' if transform is not None else 'of the training'
@@ -199,7 +204,9 @@ def writeScores(scores, folder, model=None, df=None, **options):
     table = metrics.scoreTable(scores) if scores else noScores()
     with writeAtomically(Path(folder) / 'scores.csv') as temporary:
         table.to_csv(temporary, index=False)
-    _writeSettings(folder, {'kind': kindOf(**options), 'rules': None, 'trainedOn': trained, **options})
+    _writeSettings(
+        folder, {'kind': kindOf(**options), 'rules': None, 'trainedOn': _trainedOn(model, trained), **options}
+    )
     return table
 
 
@@ -269,7 +276,7 @@ def scoreFolder(df, folder, rules=None, challenges=None):
     rows = {patient: paths for patient, paths in df.iterrows() if hasFile(paths, 'seg')}
     if len(rows) < len(df):
         print(f'{len(df) - len(rows)} of {len(df)} patients have no true segmentation and are not scored.')
-    trained = [str(patient) for patient in rows if str(patient) in about.get('trainedOn', ())]
+    trained = [str(patient) for patient in rows if str(patient) in (about.get('trainedOn') or ())]
     rows = {patient: paths for patient, paths in rows.items() if str(patient) not in trained}
     if trained:
         print(f'Not scored, because the model was trained on them: {", ".join(trained)}.')

@@ -57,8 +57,8 @@ def writeReport(folder, dataframe=None, file=None):
     """
     place, upload = _placesOf(folder)
     df, numOthers = _listCases(upload, dataframe)
-    quality, trained = readQuality(place), readSettings(folder).get('prediction', {}).get('trainedOn', ())
-    work = functools.partial(describeCase, upload, quality, set(trained))
+    quality, trained = readQuality(place), readSettings(folder).get('prediction', {}).get('trainedOn')
+    work = functools.partial(describeCase, upload, quality, set(trained or ()))
     cases = list(forEachPatient(work, df, 'report'))
     cases.sort(key=_urgencyOf)
     scores = {case['patient']: case.pop('scores') for case in cases}
@@ -195,7 +195,7 @@ def _render(content):
     """Return the page: the template with its style and script, which alone may run in it."""
     facts = {
         'regionNames': REGION_NAMES | {'RC': 'resection cavity'},
-        'meanings': WARNINGS,
+        'meanings': {kind: text for kind, text in WARNINGS.items() if kind != 'no ET' or 'ET' in config.REGIONS},
         'numClasses': config.NO_CLASSES,
         'classes': list(zip(classNames(), classColors(), strict=True)),
         'errors': ERRORS,

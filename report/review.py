@@ -28,7 +28,7 @@ WARNINGS = {  # what each kind of warning means
     'small': f'less than {_SMALL:g} ml of tumor were predicted',
     'large': f'more than {_LARGE:g} ml of tumor were predicted',
     'outside': f'more than {MOST_OUTSIDE:.0%} of the predicted tumor lies where all shown images are 0',
-    'low Dice': f'a Dice below {_LOW:g}, of WT, TC or ET',
+    'low Dice': f'a Dice below {_LOW:g}, of a main region',
     'flagged': 'quality.csv flags it: its Dice is expected to be low, or a region without a voxel has no estimate',
     'suspicious truth': 'a Dice below its interval in quality.csv: planes or members agree on something else; look at '
     'the true segmentation first',

@@ -385,14 +385,17 @@ def test_loadCheckpoint_refusesOtherBatches(tmp_path):
         checkpoints.loadCheckpoint(model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT, average)
 
 
-def test_loadCheckpoint_tellsAnotherNumberOfEpochs(tmp_path, capsys):
-    """A finished run of 4 epochs that gets 8 goes on at half of the maximal rate, and says so."""
+def test_loadCheckpoint_tellsAnotherNumberOfSteps(tmp_path, capsys):
+    """A finished run of 16 steps that gets 32 goes on at half of the maximal rate, and says so."""
     runAveraged(tmp_path, 4)
     config.EPOCHS, config.POLY_POWER = 8, 0.9
     model, optimizer, _, scaler = makeRun()
-    average = engine.makeAverage(model, 32)
-    checkpoints.loadCheckpoint(model, optimizer, None, scaler, config.LAST_CHECKPOINT, average)
-    assert 'after 4 epochs the learning rate goes on at 0.54 of its maximum, not at 0.00' in capsys.readouterr().out
+    scheduler, average = engine.makeScheduler(optimizer, 32), engine.makeAverage(model, 32)
+    checkpoints.loadCheckpoint(model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT, average)
+    assert 'after 16 steps the learning rate goes on at 0.54 of its maximum, not at 0.00' in capsys.readouterr().out
+    config.STEPS = 20  # the last epoch of a run by steps may be a short one
+    with pytest.raises(ValueError, match=r'has ended after its 16 steps, config\.STEPS is 20: begin a new run'):
+        checkpoints.loadCheckpoint(model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT, average)
 
 
 def test_loadCheckpoint_startsFromZeroWithoutAFile(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The Python blocks of README and docs run as they are written."""
 
+import json
 import re
 from pathlib import Path
 
@@ -90,10 +91,7 @@ def trainForOneEpoch(df):
 @pytest.mark.filterwarnings('ignore:The model was trained on')
 def test_readme_runsAsItIsWritten(home, monkeypatch):
     """After the demo, its blocks predict a patient, and segment, score and draw the patients that are no training."""
-    pytest.importorskip('onnx')
-    pytest.importorskip('onnxruntime')
     monkeypatch.setattr(config, 'DEMO', config.DEMO | {'DECODER_CHANNELS': (16, 8, 8)})
-    monkeypatch.setattr(deploy.onnx, 'LARGEST_LOSS', 1)  # one epoch decides little
     vars(config).update(config.DEMO)
     ids = phantom.makeCases(config.DATA_FOLDER, 3, shape=(40, 40, 16))
     trainForOneEpoch(utils.makeFileList()[:1])
@@ -104,7 +102,22 @@ def test_readme_runsAsItIsWritten(home, monkeypatch):
     plt.close('all')
     assert (home / 'BraTS20_Training_001.nii.gz').is_file() and (home / 'scores.png').is_file()
     assert sorted(set(names['table']['patient'])) == ids[1:]
-    assert predictor.loadFolder('glioma').about['onnx']['int8']['patients'] == 1
+
+
+def test_training_runsAsItIsWritten(home):
+    """Its blocks train, score the test patient, read the same split again, and predict with rules of the validation."""
+    config.EPOCHS = 1
+    phantom.makeCases('patients', 3, shape=(40, 40, 16))
+    names = {'__name__': '__main__'}
+    for block in blocksOf('docs/training.md'):
+        exec(block, names)
+    for name, df in zip(('traindf', 'valdf', 'testdf'), names['sets'], strict=True):
+        pd.testing.assert_frame_equal(names[name], df)
+    for folder in ('results', 'with_rules'):
+        settings = json.loads((home / 'run1' / folder / 'settings.json').read_text())
+        assert settings['prediction']['trainedOn'] == []
+    assert settings['prediction']['rules'] == {'ml': names['rules'].ml, 'N': names['rules'].N}
+    assert set(names['table']['patient']) == set(names['testdf'].index)
 
 
 def test_editions_readsADataSetOfItsOwn(home):

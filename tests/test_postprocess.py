@@ -256,7 +256,7 @@ def test_predictFolder_writesSegmentationsScoresAndSettings(df, tmp_path):
     settings = json.loads((tmp_path / 'out' / 'settings.json').read_text())
     made = settings['prediction']
     assert made['kind'] == {'patchStride': 24, 'mirror': False, 'planes': None}
-    assert made['rules'] is None and made['trainedOn'] == []
+    assert made['rules'] is None and made['trainedOn'] is None  # a model that this package has not trained
     assert settings['config']['PATCH_SIZE'] == 32 and settings['found']['TRAIN_FILE'].endswith('train.h5')
     assert settings['versions']['torch'] == torch.__version__
     assert 'OWN_EDITIONS' not in settings['config']  # more_scores.ipynb takes these values, and would take it as text

@@ -53,9 +53,20 @@ def assertEqual(file, other):
 # One network
 
 
+@pytest.mark.parametrize(
+    ('loader', 'length', 'expected'),
+    [(3, {}, (6, 2)), (3, {'STEPS': 6}, (6, 2)), (3, {'STEPS': 7}, (7, 3)), (30, {'STEPS': 7}, (7, 1))],
+)
+def test_planSteps_countsEpochsOrTheirSteps(loader, length, expected):
+    """Two epochs of 3 batches are 6 steps; 7 steps are 7 with any number of batches, in as many epochs as it takes."""
+    vars(config).update({'EPOCHS': 2, **length})
+    assert (engine.planSteps(range(loader)), config.EPOCHS) == expected
+
+
 @pytest.mark.slow
 def test_trainModel_resumesToTheSameWeights(df, monkeypatch):
-    """Stopped after the first epoch and called again, it ends with the weights of an uninterrupted run."""
+    """9 steps are an epoch of 7 and one of 2; stopped between them and called again, the weights are the same."""
+    config.STEPS = 9
     traindf, valdf, _ = utils.split(df)
     whole = train.trainModel(traindf, valdf)
     config.OUTPUT_FOLDER += '/stopped'
@@ -65,6 +76,8 @@ def test_trainModel_resumesToTheSameWeights(df, monkeypatch):
         stopped = train.trainModel(traindf, valdf, lines.append)
     assertEqual(whole, stopped)
     assert [line[:14] for line in lines] == ['epoch   1 of 2', 'epoch   2 of 2'] and 'validation' in lines[0]
+    checkpoint = torch.load(whole, weights_only=True)
+    assert checkpoint['scheduler']['last_epoch'] == 9 and checkpoint['history'][-1]['learnRate'] == 0
 
 
 def test_trainModel_givesTheFinalWeights(df):
@@ -74,7 +87,7 @@ def test_trainModel_givesTheFinalWeights(df):
     assert torch.load(result, weights_only=True)['optimizer']['param_groups'][0]['lr'] == 0
     assert list(utils.loadModel(result).provenance['earlier']) == list(df.index[:2])
     vars(config).update(config.DOCUMENT, EPOCHS=1, OUTPUT_FOLDER=config.OUTPUT_FOLDER + '/document')
-    assert train.trainModel(df[:2]) == config.BEST_CHECKPOINT
+    assert train.trainModel(df[:2], df[:0]) == config.BEST_CHECKPOINT  # an empty set is none
 
 
 # Members
@@ -186,7 +199,7 @@ def test_readArguments_refusesOthers(argument, words):
 def startRanks(folder, **values):
     """Start train.py on two ranks by torchrun."""
     names = (*config.DOCUMENT, *SMALL, 'DATA_FOLDER')
-    values = {name: getattr(config, name) for name in names} | {'OUTPUT_FOLDER': str(folder), 'EPOCHS': 3} | values
+    values = {name: getattr(config, name) for name in names} | {'OUTPUT_FOLDER': str(folder)} | values
     arguments = [f'{name}={value}' for name, value in values.items()]
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', str(HOME / 'train.py'), *arguments]
     environment = os.environ | {'OMP_NUM_THREADS': '1', 'TQDM_DISABLE': '1'}
@@ -197,6 +210,7 @@ def startRanks(folder, **values):
 def test_torchrun_trainsAsOneProcessAndSurvivesAKilledRank(df, tmp_path):
     """Two ranks have the losses of one process; a killed rank ends both by name; resumed, the weights are the same."""
     plain = {'SPATIAL_PROBABILITY': 0.0, 'CONTRAST_PROBABILITY': 0.0, 'INTENSITY_PROBABILITY': 0.0}
+    plain['STEPS'] = 17  # three epochs
     whole = startRanks(tmp_path / 'whole', **plain)
     killed = startRanks(tmp_path / 'killed', **plain)
     file = tmp_path / 'killed' / 'last.pt'
@@ -210,7 +224,7 @@ def test_torchrun_trainsAsOneProcessAndSurvivesAKilledRank(df, tmp_path):
     assert weightsOf(file)[0] < 3
     assert startRanks(tmp_path / 'killed', **plain).wait(timeout=120) == 0
     assertEqual(tmp_path / 'whole' / 'last.pt', file)
-    vars(config).update(plain, EPOCHS=3, OUTPUT_FOLDER=str(tmp_path / 'alone'))
+    vars(config).update(plain, OUTPUT_FOLDER=str(tmp_path / 'alone'))
     train.trainModel(*utils.split(df)[:2])
     losses = [torch.load(tmp_path / name / 'last.pt', weights_only=True)['history'] for name in ('alone', 'whole')]
     for one, other in zip(*losses, strict=True):

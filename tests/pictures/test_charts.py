@@ -184,8 +184,8 @@ def test_plotVolumes_showsTheLimitsOfAgreement():
     """Differences of 1, 2, 3 ml have the mean 2 and the limits 2 -+ 1.96 x 1; one patient has no limits."""
     table = makeTable(WT=[0.9] * 3)
     table['volumeTruth'], table['volumePredicted'] = [10, 20, 30], [11, 22, 33]
-    panel = pictures.plotVolumes(table).axes[0]
-    assert panel.get_title() == 'WT: mean difference +2 ml,\nlimits +0.04 to +3.96 ml'
+    panel, legend = pictures.plotVolumes(table).axes  # of one region no panel is empty
+    assert panel.get_title() == 'WT: mean difference +2 ml,\nlimits +0.04 to +3.96 ml' and legend.get_legend()
     reach = [line.get_ydata() - line.get_xdata() for line in linesOf(panel, 'limit')]
     assert np.allclose(reach[0], 0.04) and np.allclose(reach[1], 3.96)
     assert panel.get_xscale() == 'linear'  # 10 to 33 ml is less than a factor of 30

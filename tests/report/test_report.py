@@ -277,6 +277,7 @@ def test_writeReport_showsSegmentationsAloneOfAnyEdition(tmp_path):
     saveLabels(np.full((20, 20, 10), 255), tmp_path / 'case7.nii.gz')
     page = Page(report.writeReport(tmp_path))
     assert [row['WT ml'] for row in page.rows] == [8, 4]
+    assert 'ET' not in page.text and 'enhancing' not in page.text  # of two classes there is none
     saveLabels(np.ones((20, 20, 20)), tmp_path / 'anyone.nii.gz')
     assert Page(report.writeReport(tmp_path)).row('anyone')['kinds'] == ['cannot be read']
 
@@ -305,6 +306,8 @@ def test_writeReport_doesNotScoreTrainingPatients(folder):
     assert page.row(nameOf(1))['WT Dice'] is None and 'trained on' in page.row(nameOf(1))['kinds']
     assert page.row(nameOf(2))['WT Dice'] is not None
     assert 'SEED' in page.text and '/secret/place' not in page.source
+    (folder / 'settings.json').write_text(json.dumps({'prediction': {'trainedOn': None}}))  # not known
+    assert Page(report.writeReport(folder)).row(nameOf(1))['WT Dice'] is not None
 
 
 def test_writeReport_comparesScansAndNamesTheCavity(tmp_path):
