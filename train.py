@@ -46,7 +46,7 @@ def trainModel(traindf, valdf=None, tell=print):
 
     Args:
         traindf: file list of the patients to train on.
-        valdf: file list of the patients to validate on; None: no validation.
+        valdf: file list of the patients to validate on; None, or empty: no validation.
         tell: function that is called on rank 0 after each epoch, with one line of text.
 
     Returns:
@@ -58,7 +58,7 @@ def trainModel(traindf, valdf=None, tell=print):
     """
     with ranks.firstBeforeOthers():
         numTrain = makeDataset(traindf, config.TRAIN_FILE)
-        numVal = 0 if valdf is None else makeDataset(valdf, config.VAL_FILE)
+        numVal = makeDataset(valdf, config.VAL_FILE) if valdf is not None and len(valdf) else 0
     trainSet = BRATSDataset(config.TRAIN_FILE, numTrain, raw=True)
     valSet = BRATSDataset(config.VAL_FILE, numVal, raw=True) if numVal else None
     trainLoader, valLoader = _makeLoader(trainSet, True), _makeLoader(valSet, False) if valSet else None

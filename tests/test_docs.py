@@ -106,7 +106,7 @@ def test_readme_runsAsItIsWritten(home, monkeypatch):
     assert predictor.loadFolder('glioma').about['onnx']['int8']['patients'] == 1
 
 
-def test_editions_readsADataSetOfItsOwn(home):
+def test_ownData_readsNifti(home):
     """The described masks become one class of tumor, beside a patient of BraTS, and are cut, predicted and scored."""
     config.DATA_FOLDER = 'patients'
     phantom.makeCases('patients', 1, shape=(40, 40, 16))
@@ -116,7 +116,7 @@ def test_editions_readsADataSetOfItsOwn(home):
         volume = np.asarray(nifti.dataobj)
         volume = np.uint8(255) * (volume > 0) if column == 'seg' else volume
         nib.save(nib.Nifti1Image(volume, nifti.affine), f'patients/case7_{name}.nii.gz')
-    [block] = blocksOf('docs/editions.md')
+    block = blocksOf('docs/own_data.md')[0]
     exec(block, names := {})
     df = names['df']
     assert list(df.index) == ['BraTS20_Training_001', 'case7']
