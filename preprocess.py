@@ -22,10 +22,9 @@ from transforms import makeTransforms, transformVolume, volumeTransform
 
 __all__ = ['makeDataset', 'makeTransforms', 'partFile']
 
-THICK = 3  # times as long along one axis as along the others: slices across the others would be coarse
+THICK = 3  # times as long along one axis as along the others: a slice across another axis would be coarse
 USUAL_SHARE = 0.1  # of the background patches
-# of the brain slices without tumor: 28 patients have .52 on average, and of 4,000 draws of 12 none had over .60
-EMPTY_IN_BRATS = 0.6
+EMPTY_IN_BRATS = 0.6  # of the brain slices: .52 on average in 28 patients, up to .60 in 4,000 draws of 12 of them
 
 
 def makeDataset(dataframe, filename, transform=None, part=None):
@@ -102,9 +101,8 @@ def _describe(dataframe, transform):
     settings, spacing = describe(dataframe, transform), medianSpacing(dataframe)
     plane = next(name for name, axes in PLANES.items() if axes[0] == np.argmax(spacing))
     if plane in settings['planes'] and max(spacing) > THICK * sorted(spacing)[1]:
-        if settings['planes'] != [plane] or settings['sliceStep']:
-            text = f'the median voxel measures {inWords(spacing)} mm (W x H x D). Only {plane} slices are cut, and all'
-            print(f'Thick slices: {text} of them (config.PLANES, config.SLICE_STEP).')
+        text = f'the median voxel measures {inWords(spacing)} mm (W x H x D). Only {plane} slices are cut, and all'
+        print(f'Thick slices: {text} of them (config.PLANES, config.SLICE_STEP).')
         settings |= {'planes': [plane], 'sliceStep': None}
     return settings | {'spacing': spacing}
 
@@ -112,8 +110,8 @@ def _describe(dataframe, transform):
 def _findShare(dataframe, settings):
     """Return the fraction of the background patches of a file list to keep.
 
-    If `config.BACKGROUND_SHARE` is None, it is 0.1 up to the fraction of brain slices without tumor that BraTS has;
-    above, it rises in proportion, to 1 if no slice has tumor. Only 0.1 was measured.
+    If `config.BACKGROUND_SHARE` is None, it is 0.1 up to the fraction of brain slices without tumor that BraTS has, and
+    rises in proportion above, to 1 where no slice has tumor. Only 0.1 was measured.
     """
     share = (settings['background'] or [0])[0]
     if share is not None:
@@ -325,7 +323,6 @@ def _choosePatches(isTumor, isBrain, patient, settings):
     Args:
         isTumor, isBrain: masks (D, W, H); `isBrain` may be None if the `share` is 0.
         patient: id, which seeds the random draws together with `config.SEED`.
-        settings: with which the file list is cut.
     """
     chosen, step = [], (settings['sliceStep'] or [1])[0]
     for number, plane in enumerate(settings['planes']):

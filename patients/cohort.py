@@ -108,8 +108,8 @@ def _checkPatient(paths, usual):
     for column in list(images)[:1]:
         width, height, depth = nib.affines.voxel_sizes(grids[column])
         numVoxels = max(map(np.count_nonzero, images.values()))
-        oddities = findOddities(numVoxels, (depth, width, height), usual, 'the median')
-        findings += [(column, text, False) for text in oddities]
+        odd = findOddities(numVoxels, (depth, width, height), usual, 'the median')
+        findings += [(column, text, False) for text in odd]
     findings += _checkImages(images)
     findings += _checkGrids(volumes, grids, paths)
     if 'seg' in volumes:
@@ -189,22 +189,19 @@ def _checkLabel(seg, images, paths):
 def split(df, test=None):
     """Split a file list into training, validation and test set, no subject in two of them.
 
-    The fractions are `config.VAL_FRACTION` and `config.TEST_FRACTION`; 0 takes none. The order is drawn from
-    `config.SEED`. Each set has about the same mix of grades where grades are known. Patients without a segmentation are
-    left out and counted.
+    The fractions are `config.VAL_FRACTION` and `config.TEST_FRACTION`; the order is drawn from `config.SEED`. Each set
+    has about the same mix of grades where grades are known. Patients without a segmentation are left out and counted.
 
     Args:
         df: file list.
-        test: ids of the patients to test on; other scans of their subjects are in no set, and counted. None: they are
-            drawn.
+        test: ids of the patients to test on; other scans of their subjects are in no set. None: they are drawn.
 
     Returns:
         traindf, valdf, testdf: disjoint, together every patient with a segmentation; none is empty if there are three
-        subjects or more and no fraction is 0.
+        subjects or more, but for a fraction of 0.
 
     Raises:
-        ValueError: no subject is left for training, no patient has a segmentation, or one of `test` is not in the file
-            list or has none.
+        ValueError: no subject is left for training, no patient has a segmentation, or one of `test` is not among them.
     """
     df = withSegmentation(df, 'training and scoring').sort_index()
     subjects, order = _drawOrder(df)
@@ -220,14 +217,11 @@ def split(df, test=None):
         order, numTest = np.concatenate([order[isTested], order[~isTested]]), isTested.sum()
     if numTest + numVal >= len(order):
         raise ValueError(
-            f'Validation and test take {numVal} + {numTest} of {len(order)} subjects: none is left to train. Their '
-            'numbers are config.VAL_FRACTION and config.TEST_FRACTION.'
+            f'Validation and test take {numVal} + {numTest} of {len(order)} subjects: none is left to train.'
         )
     drawn, val, train = (df[subjects.isin(part)] for part in np.split(order, [numTest, numTest + numVal]))
     test = drawn if test is None else df[df.index.isin(test)]
     print(f'{len(train)} patients to train, {len(val)} to validate, {len(test)} to test.')
-    if numOther := len(df) - len(train) - len(val) - len(test):
-        print(f'{numOther} other scans of the subjects to test are in no set.')
     if len(order) < 3:
         print(f'{len(df)} patients are {len(order)} subjects; three are needed for a set to validate and one to test.')
     return train, val, test

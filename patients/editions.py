@@ -13,13 +13,11 @@ CAVITY = 4  # the class of the resection cavity; with fewer classes it is backgr
 
 @dataclass(frozen=True)
 class Edition:
-    """How one data set names its files and labels. The code knows nothing else about it.
-
-    Plain values will do, also as JSON has them: a text for one column, lists for tuples, texts for labels.
+    """How one data set names its files and labels, in plain values, also as JSON has them. The code knows nothing else.
 
     Attributes:
         patient: regular expression of a patient id.
-        suffixes: end of a file name, in any case -> columns of the file list, some of `COLUMNS`.
+        suffixes: end of a file name, in any case -> column or columns of the file list, some of `COLUMNS`.
         classes: label in the files, 0 to 255 -> class: 0 background, 1 necrotic core, 2 edema, 3 enhancing tumor, 4
             resection cavity; or 0 and 1 only, for masks of tumor or not. If two labels have one class, the first is
             written.

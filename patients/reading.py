@@ -73,8 +73,7 @@ def findFiles(folder=None):
             row[column] = str(path)
     for name in [each for each in config.OWN_EDITIONS if each in seen]:
         suffixes = known()[name].suffixes
-        wanted = set(config.MODALITIES).union(*suffixes.values())
-        if absent := [column for column in COLUMNS if column in wanted - seen[name]]:
+        if absent := sorted(set(config.MODALITIES).union(*suffixes.values()) - seen[name], key=COLUMNS.index):
             print(f'{name}: no file was found for {", ".join(absent)}; its suffixes are {", ".join(suffixes)}.')
     numAdded = 0
     for patient, row in automatic.items():
@@ -101,10 +100,7 @@ def _hintAt(folder):
             'Attach the NIfTI files instead: awsaf49/brats20-dataset-training-validation.'
         )
     if any(Path(folder).rglob('VSD.Brain*.mha')):
-        return (
-            'Its .mha files are BraTS 2013 to 2016, where label 3 is non-enhancing tumor; they are not read. '
-            'Take BraTS 2017 or later.'
-        )
+        return 'Its .mha files, BraTS 2013 to 2016, are not read: 3 is non-enhancing tumor. Take BraTS 2017 or later.'
     return (
         'Expected files like BraTS20_Training_001_t1ce.nii.gz or BraTS-GLI-00000-000-t1c.nii.gz. Files named otherwise '
         'need config.EDITION or config.OWN_EDITIONS; TIFF or PNG become NIfTI by patients.fromSlices: docs/own_data.md.'

@@ -1,5 +1,6 @@
 """Write the NIfTI files of patients whose volumes are pictures of single slices, such as PNG or TIFF."""
 
+import os
 import re
 from pathlib import Path
 
@@ -65,8 +66,7 @@ def _findSlices(home, pattern):
                     raise ValueError(f'{patient} has slice {match["slice"]} twice: {other} and {file}.')
     numbers = set().union(*series.values())
     if not numbers:
-        names = [file.name for file in sorted(home.iterdir())]
-        raise FileNotFoundError(f'{patient}: no file of {home} fits a pattern; it holds {names[:5]}.')
+        raise FileNotFoundError(f'{patient}: no file of {home} fits a pattern: {sorted(os.listdir(home))[:5]}.')
     if missing := sorted({*range(min(numbers), max(numbers))} - numbers):
         raise ValueError(f'{patient}: the slices {missing[:9]} of {min(numbers)} to {max(numbers)} are not in {home}.')
     for some, files in series.items():

@@ -129,10 +129,7 @@ def groupWindows(isBrain, starts, size, batchSize):
 
 
 def findOddities(numVoxels, spacing, expected, whose):
-    """Return, in words, how a patient's voxels differ from the voxel size `expected`, and whether there is a skull.
-
-    `whose` says whose size that is; both are mm along (D, W, H). `numVoxels` are those that are not 0.
-    """
+    """Return, in words, whether a voxel size, mm along (D, W, H), is odd, and whether so many voxels hold a skull."""
     found, litres = [], numVoxels * float(np.prod(spacing)) / 1e6
     if max(abs(size / usual - 1) for size, usual in zip(spacing, expected, strict=True)) > SPACING_ERROR:
         found.append(f'its voxels measure {inWords(spacing)} mm, {whose} {inWords(expected)} mm')
@@ -149,11 +146,8 @@ def inWords(spacing):
 def warnOfUnfit(patient, isBrain, spacing, expected=None):
     """Warn if a patient has other voxels than those of the training, or a skull; the number of voxels does not matter.
 
-    Args:
-        patient: id, for the message.
-        isBrain: bool (D, W, H), where an image is not 0.
-        spacing: voxel size in mm along (D, W, H).
-        expected: that of the training; None: unknown, taken as 1 mm, as in BraTS.
+    `isBrain` is bool (D, W, H), where an image is not 0. `spacing` and `expected`, that of the training (None: unknown,
+    taken as 1 mm), are mm along (D, W, H).
     """
     expected = expected or (1, 1, 1)
     if found := findOddities(np.count_nonzero(isBrain), spacing, expected, 'those of the training'):
