@@ -10,14 +10,14 @@ from pathlib import Path
 # environment variable BRATS_FOLDER, else /kaggle/input if it holds files of BraTS, else None. OUTPUT_FOLDER is
 # /kaggle/working, else a mounted Drive on Colab, else the current folder.
 EDITION = None  # such as 'BraTS2020', if the file names do not tell it; None: detected from the names
-OWN_EDITIONS = {}  # name -> patients.Edition of a data set of your own, see docs/editions.md
+OWN_EDITIONS = {}  # name -> patients.Edition of a data set of your own, or a dict of its fields, see docs/own_data.md
 MODALITIES = ('t1ce', 't2', 'flair')  # the model's channels, in this order; t1 adds little
 SEED = 0  # of the split, the background patches and the training
-VAL_FRACTION = 0.15  # of the patients with a segmentation; validated on after each epoch
-TEST_FRACTION = 0.15  # of the same patients; scored once, at the end
+VAL_FRACTION = 0.15  # of the patients with a segmentation; validated on after each epoch; 0: none
+TEST_FRACTION = 0.15  # of the same patients; scored once, at the end; 0: none
 
 # Patches. TRAIN_FILE and VAL_FILE lie in OUTPUT_FOLDER.
-PLANES = ('axial', 'coronal', 'sagittal')  # one model is trained on their slices; predictions are averaged over them
+PLANES = ('axial', 'coronal', 'sagittal')  # one model learns their slices; predictions are averaged; thick slices: one
 SLICE_STEP = 3  # every third slice of each plane, as neighbours look alike; the first is drawn per patient
 PATCH_SIZE = 128  # pixels, both axes; a multiple of 2 ** ENCODER_DEPTH
 # Pixels from one window to the next, at most PATCH_SIZE. The last window ends at the edge of the slice, so that nothing
@@ -26,7 +26,7 @@ PATCH_STRIDE = 112
 RANDOM_STARTS = True  # the same number of windows, but at starts drawn per slice: a tumor is cut in many ways
 PREPROCESS_WORKERS = 2  # threads that read and cut patients; each holds one patient, about 0.4 GB
 ON_BAD_PATIENT = 'stop'  # or 'leaveOut': patients whose files cannot be used are left out and named
-BACKGROUND_SHARE = 0.1  # fraction of the brain patches without tumor to keep, in training and validation
+BACKGROUND_SHARE = None  # fraction of the brain patches without tumor to keep; None: 0.1, more if few slices have any
 STRETCH_PERCENTILES = (0.5, 99.5)  # of the brain's intensities, mapped to STRETCH_RANGE; the rest is clipped
 STRETCH_RANGE = (-1, 1)  # the background becomes the lower end
 

@@ -545,7 +545,8 @@ def predict(
         yhat: int64 (D, W, H), the predicted classes; 0 where no window covers a voxel.
         probability: float32 (D, NO_CLASSES, W, H), only with `probabilities = True`.
 
-    A warning names a patient whose voxels do not measure 1 mm, or whose skull was not stripped.
+    A warning names a patient whose voxels differ from those of the training (from 1 mm, if those are unknown), or whose
+    skull was not stripped.
 
     Raises:
         ValueError, FileNotFoundError: bad data, as in `patients.readCase`; the transform changes the shape, or
@@ -634,7 +635,7 @@ def _prepare(paths, settings):
     """Return the id of a patient, x float32 (D, C, W, H), y int64 (D, W, H) or None, the brain mask bool (D, W, H)."""
     image, label = readCase(paths, settings.modalities)
     isBrain = torch.from_numpy(maskFunction(image).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
-    warnOfUnfit(patientOf(paths), isBrain.numpy(), spacingOf(paths))
+    warnOfUnfit(patientOf(paths), isBrain.numpy(), spacingOf(paths), settings.spacing)
     x, y = transformVolume(image, label, settings.transform, patientOf(paths))
     return patientOf(paths), x, None if y is None else y.long(), isBrain
 

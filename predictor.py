@@ -155,7 +155,8 @@ def prepare(paths, about):
     images = _imagesOf(paths, about)
     image, _ = readCase(images, about['modalities'])
     isBrain = maskFunction(image).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
-    warnOfUnfit(patientOf(paths), isBrain, spacingOf(images))
+    trained = about['members'][0]['provenance']['settings']
+    warnOfUnfit(patientOf(paths), isBrain, spacingOf(images), trained.get('spacing'))
     percentiles, outRange = about['stretching']
     channels = []
     for channel in image:

@@ -24,7 +24,7 @@ import torchio as tio
 import config
 from patients.editions import classesOf, known, withoutTime
 from patients.reading import detectEdition, hasFile
-from patients.volumes import PLANES
+from patients.volumes import planesOf
 from transforms import volumeTransform
 
 FORMAT = 6  # of the patch file; raised when its layout changes
@@ -57,7 +57,8 @@ def describe(df, transform=None):
         dict of plain values with the keys of `SETTINGS`: `modalities` in order, `classes` (names), `patchSize`,
         `planes`, `stretching` ([percentiles, range]), `editions` (name -> [label, class] pairs), `patchStride`,
         `sliceStep` ([step, seed], or None if every slice is cut), `randomStarts` (the seed, or None) and `background`
-        ([fraction, seed], or None).
+        ([fraction, seed], or None; fraction None: it follows the data). `preprocess.makeDataset` adds what it finds in
+        the data: `share` (the fraction) and `spacing` (the median voxel size in mm along (D, W, H)).
 
     Raises:
         ValueError: an edition has other classes than `config`.
@@ -71,17 +72,18 @@ def describe(df, transform=None):
         'patchStride': plain(config.PATCH_STRIDE),
         'sliceStep': [step, seed] if step > 1 else None,
         'randomStarts': seed if config.RANDOM_STARTS else None,
-        'background': [share, seed] if share else None,
+        'background': None if share == 0 else [share, seed],
     }
 
 
-def configured():
-    """Return the input settings, `INPUT`, that `config` has."""
+def configured(planes=()):
+    """Return the input settings, `INPUT`, that `config` has; with the `planes` that were cut, if they are among its."""
+    wanted = planesOf(config.PLANES)
     return {
         'modalities': plain(config.MODALITIES),
         'classes': plain(config.CLASS_NAMES),
         'patchSize': plain(config.PATCH_SIZE),
-        'planes': plain(config.PLANES),
+        'planes': list(planes) if planes and set(planes) <= set(wanted) else wanted,
         'stretching': [[float(value) for value in pair] for pair in (config.STRETCH_PERCENTILES, config.STRETCH_RANGE)],
     }
 
@@ -184,7 +186,7 @@ def checkPatchFile(file, found):
         file: its path, for the message.
         found: its provenance. `stretching` is not compared if a transform was given to `preprocess.makeDataset`.
     """
-    expected = {'settings': configured()}
+    expected = {'settings': configured(found['settings']['planes'])}
     names = [name for name in INPUT if name != 'stretching' or found['settings'][name]]
     texts = differences(found, expected, names, patients=False)
     editions, declared = found['settings']['editions'], config.EDITION
@@ -267,7 +269,7 @@ def noteTraining(model, dataset, activation):
     elif before and (texts := differences(before, found, ('modalities', 'classes', 'stretching'), patients=False)):
         raise ValueError(f'The weights were trained on other settings: {"; ".join(texts)}.')
     unwrap(model).provenance = {
-        'settings': {**{name: found['settings'][name] for name in SETTINGS}, 'activation': activation},
+        'settings': {**found['settings'], 'activation': activation},
         'patients': found['patients'],
         'earlier': before['earlier'] if before else {},
         'validated': before['validated'] if before else {},
@@ -400,6 +402,7 @@ class Input(NamedTuple):
     patchSize: int  # pixels of a window
     planes: list  # names of the planes whose slices are predicted
     activation: str  # 'softmax' or 'sigmoid': turns logits into probabilities
+    spacing: list | None  # median voxel size of the training in mm along (D, W, H); None: unknown
 
 
 def inputsOf(model, transform=None, planes=None):
@@ -434,13 +437,12 @@ def inputOf(model, transform=None, planes=None):
         ValueError: the training used a transform of your own, and none is given; the given transform stretches in
             another way than the training; the model predicts other classes than `config`; or a plane does not exist.
     """
-    own, provenance = configured(), provenanceOf(model)
-    if unknown := set(planes or own['planes']) - set(PLANES):
-        raise ValueError(f'There is no plane {", ".join(sorted(unknown))}; {", ".join(PLANES)} were expected.')
+    provenance, planes = provenanceOf(model), planes and planesOf(planes)
     if not provenance:
-        transform = volumeTransform() if transform is None else transform
-        return Input(own['modalities'], transform, own['patchSize'], list(planes or own['planes']), 'softmax')
-    wanted, settings = {'settings': own}, provenance['settings']
+        own, transform = configured(), volumeTransform() if transform is None else transform
+        return Input(own['modalities'], transform, own['patchSize'], planes or own['planes'], 'softmax', None)
+    settings = provenance['settings']
+    wanted = {'settings': configured(settings['planes'])}
     if texts := differences(wanted, provenance, ['classes'], patients=False):
         raise ValueError(f'The model predicts {settings["classes"]}, but {texts[0]}.')
     compared = ['modalities', 'patchSize', 'planes']
@@ -461,8 +463,8 @@ def inputOf(model, transform=None, planes=None):
             )
     if texts := differences(wanted, provenance, compared, patients=False):
         warnings.warn(f'The settings of the training are used where config differs: {"; ".join(texts)}.', stacklevel=4)
-    planes = list(planes or settings['planes'])
-    return Input(settings['modalities'], transform, settings['patchSize'], planes, settings['activation'])
+    planes, spacing = planes or list(settings['planes']), settings.get('spacing')
+    return Input(settings['modalities'], transform, settings['patchSize'], planes, settings['activation'], spacing)
 
 
 def stretchingsIn(transform):

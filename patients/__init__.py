@@ -14,6 +14,7 @@ from patients.reading import (
     readVolume,
     spacingOf,
 )
+from patients.slices import fromSlices
 from patients.writing import saveProbabilities, saveSegmentation
 
 _COHORT = ('checkFiles', 'describeCohort', 'readGrades', 'readSites', 'split', 'splitFolds')
@@ -21,6 +22,7 @@ __all__ = [
     'Edition',
     'detectEdition',
     'findFiles',
+    'fromSlices',
     'makeFileList',
     'maskFunction',
     'patientOf',

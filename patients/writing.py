@@ -85,7 +85,12 @@ def _saveOnGrid(values, paths, file):
     for field in source.header:
         if field.startswith(('qform', 'sform', 'xyzt', 'quatern', 'qoffset', 'srow')):
             header[field] = source.header[field]
-    content = nib.Nifti1Image(np.ascontiguousarray(stored), None, header).to_bytes()
+    writeNifti(nib.Nifti1Image(np.ascontiguousarray(stored), None, header), file)
+
+
+def writeNifti(image, file):
+    """Write an image of nibabel, whole or not at all, to a path that ends in `.nii.gz` or `.nii`."""
+    content = image.to_bytes()
     with writeAtomically(file) as temporary:
         # mtime = 0: the same volume is written as the same bytes
         temporary.write_bytes(gzip.compress(content, 6, mtime=0) if str(file).endswith('.gz') else content)

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 import config
 from patients.editions import known, labelsOf
 from patients.reading import COLUMNS, detectEdition, hasFile, maskFunction, patientOf, readCase, readVolume
-from patients.volumes import PLANES
+from patients.volumes import PLANES, planesOf
 from pictures.figure import (
     BELOW,
     aspectRatio,
@@ -149,9 +149,10 @@ def plotPlanes(paths):
     brains, window = maskFunction(image), displayWindow(image[channel], maskFunction(image[channel]))
     volumes = [each.transpose(2, 0, 1) for each in (image[channel], brains.any(0))]  # (W, H, D) -> (D, W, H)
     classes = None if label is None else label.transpose(2, 0, 1)
-    figure = newFigure(3 * len(config.PLANES), 3.6)
-    panels = figure.subplots(1, len(config.PLANES), squeeze=False)[0]
-    for panel, plane in zip(panels, config.PLANES, strict=True):
+    planes = planesOf(config.PLANES)
+    figure = newFigure(3 * len(planes), 3.6)
+    panels = figure.subplots(1, len(planes), squeeze=False)[0]
+    for panel, plane in zip(panels, planes, strict=True):
         values, brain = (each.transpose(PLANES[plane]) for each in volumes)
         tumor = None if label is None else classes.transpose(PLANES[plane])
         number = mostInformativeSlice(*(mask for mask in (tumor, brain) if mask is not None))

@@ -20,7 +20,7 @@ import metrics
 from atomic import writeAtomically
 from engine import segment, segmentAll
 from metrics.rules import RULES, findRule
-from patients.editions import CAVITY, countWithCavity, labelsOf
+from patients.editions import CAVITY, Edition, countWithCavity, labelsOf
 from patients.parallel import attempt, forEachPatient, leaveOut, usesProcesses
 from patients.reading import checkGrid, detectEdition, hasFile, readVolume, spacingOf, toClasses
 from patients.writing import saveLabelNames, saveProbabilities, saveSegmentation
@@ -216,7 +216,7 @@ def _writeSettings(folder, about):
     written = names & vars(config).keys()
     settings = {
         'prediction': about,
-        'config': {name: getattr(config, name) for name in sorted(written - {'OWN_EDITIONS'})},  # no plain values
+        'config': {name: getattr(config, name) for name in sorted(written)},
         'found': {name: getattr(config, name) for name in sorted(names - written)},
         'versions': {
             'python': platform.python_version(),
@@ -224,7 +224,9 @@ def _writeSettings(folder, about):
         },
     }
     with writeAtomically(Path(folder) / 'settings.json') as temporary:
-        temporary.write_text(json.dumps(settings, indent=1, default=str))
+        temporary.write_text(
+            json.dumps(settings, indent=1, default=lambda each: vars(each) if isinstance(each, Edition) else str(each))
+        )
 
 
 def readSettings(folder):

@@ -93,6 +93,7 @@ CALLS = {
     utils.computeMetrics: 'TP FP FN TN',
     utils.saveSegmentation: 'yhat paths file',
     patients.readCase: 'paths',
+    patients.fromSlices: 'folder pattern output spacing',
     preprocess.makeDataset: 'dataframe filename transform',
     preprocess.makeTransforms: '',
     deploy.packModel: 'checkpoints folder',

@@ -379,7 +379,7 @@ def test_predict_saysWhatToDoIfAModalityIsMissing(tmp_path, writeCase):
         ((1, 1, 1), (182, 218, 182), 0.25, None),
         ((1, 1, 1), (130, 170, 140), 0.55, None),  # cropped to the brain
         ((0.96, 1.04, 1), (182, 218, 182), 0.25, None),
-        ((1, 1, 1.2), (100, 100, 100), 0.25, 'measure 1.00 x 1.00 x 1.20 mm'),
+        ((1, 1, 1.2), (100, 100, 100), 0.25, 'measure 1 x 1.2 x 1 mm'),
         ((1, 1, 1), (240, 240, 155), 0.45, 'skull'),
         ((1, 1, 1), (240, 240, 155), 1, '8.9 litres'),
     ],

@@ -120,7 +120,7 @@ def test_training_runsAsItIsWritten(home):
     assert set(names['table']['patient']) == set(names['testdf'].index)
 
 
-def test_editions_readsADataSetOfItsOwn(home):
+def test_ownData_readsNifti(home):
     """The described masks become one class of tumor, beside a patient of BraTS, and are cut, predicted and scored."""
     config.DATA_FOLDER = 'patients'
     phantom.makeCases('patients', 1, shape=(40, 40, 16))
@@ -130,7 +130,7 @@ def test_editions_readsADataSetOfItsOwn(home):
         volume = np.asarray(nifti.dataobj)
         volume = np.uint8(255) * (volume > 0) if column == 'seg' else volume
         nib.save(nib.Nifti1Image(volume, nifti.affine), f'patients/case7_{name}.nii.gz')
-    [block] = blocksOf('docs/editions.md')
+    block = blocksOf('docs/own_data.md')[0]
     exec(block, names := {})
     df = names['df']
     assert list(df.index) == ['BraTS20_Training_001', 'case7']

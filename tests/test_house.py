@@ -77,7 +77,7 @@ def test_doors_handOnNamesOnly():
 @pytest.mark.parametrize(
     ('module', 'absent'),
     [
-        ('patients', ('pandas', 'torch', 'joblib', 'tqdm')),
+        ('patients', ('pandas', 'torch', 'joblib', 'tqdm', 'imageio')),
         ('predictor', ('pandas', 'torch', 'torchio', 'segmentation_models_pytorch')),
         ('dataset', ('matplotlib', 'segmentation_models_pytorch', 'engine', 'pictures')),
     ],

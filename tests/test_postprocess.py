@@ -259,7 +259,7 @@ def test_predictFolder_writesSegmentationsScoresAndSettings(df, tmp_path):
     assert made['rules'] is None and made['trainedOn'] is None  # a model that this package has not trained
     assert settings['config']['PATCH_SIZE'] == 32 and settings['found']['TRAIN_FILE'].endswith('train.h5')
     assert settings['versions']['torch'] == torch.__version__
-    assert 'OWN_EDITIONS' not in settings['config']  # more_scores.ipynb takes these values, and would take it as text
+    assert settings['config']['OWN_EDITIONS']['Clinic']['suffixes'] == {'flair': ['flair']}
     pd.testing.assert_frame_equal(postprocess.scoreFolder(df, tmp_path / 'out' / 'upload'), table)
 
 

@@ -81,8 +81,8 @@ def test_trainModel_resumesToTheSameWeights(df, monkeypatch):
 
 
 def test_trainModel_givesTheFinalWeights(df):
-    """The rate of the weights it returns is 0, and they remember whom they have seen; at a plateau the best epoch's."""
-    result = train.trainModel(df[:2])
+    """Weights of rate 0 that remember whom they saw, with an empty validation or none; at a plateau the best epoch."""
+    result = train.trainModel(df[:2], df[:0])
     assert result == config.LAST_CHECKPOINT
     assert torch.load(result, weights_only=True)['optimizer']['param_groups'][0]['lr'] == 0
     assert list(utils.loadModel(result).provenance['earlier']) == list(df.index[:2])
