@@ -116,12 +116,14 @@ DEMO = {
     'DATA_FOLDER': 'demo/phantoms',
     'OUTPUT_FOLDER': 'demo',  # not where real runs are
     'ENCODER_NAME': 'resnet18',
-    'DECODER_CHANNELS': (128, 64, 32, 16, 16),
-    'BATCHSIZE': 16,
-    'EPOCHS': 3,
+    'DECODER_CHANNELS': (64, 32, 16, 16, 16),
+    'SLICE_STEP': 4,
+    'BATCHSIZE': 8,
+    'EPOCHS': 2,
     'LOADER_WORKERS': 0,  # starting workers would take a fifth of so small an epoch
 }
-DEMO_PATIENTS = 12
+DEMO_PATIENTS = 10
+DEMO_SHAPE = (160, 160, 104)  # voxels of a phantom; (240, 240, 155) is that of BraTS
 
 
 def _findDataFolder():
