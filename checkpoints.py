@@ -288,20 +288,13 @@ def _bestWeights(checkpoint):
 
 
 def _checkSteps(path, state, scheduler):
-    """Raise a ValueError if a schedule that is stepped by the batch is resumed with another number of batches."""
-    state = state or {}
-    found, expected = state.get('stepsPerEpoch'), getattr(scheduler, 'stepsPerEpoch', None)
-    if None not in (found, expected) and found != expected:
+    """Raise a ValueError if a run that has ended within an epoch is to become longer: its epochs no longer count."""
+    planned, now = (state or {}).get('planned'), getattr(scheduler, 'planned', None)
+    hasEnded = None not in (planned, now) and state['last_epoch'] >= planned
+    if hasEnded and now != planned and planned % state['stepsPerEpoch']:
         raise ValueError(
-            f'{path} belongs to a run with {found:g} batches an epoch, this one has {expected:g}: its learning rate '
-            'would decay wrongly. Set config.BATCHSIZE and the patches as they were.'
-        )
-    planned = state.get('planned')
-    # the last epoch of a run that has ended may be a short one: the epochs left would not make config.STEPS
-    if config.STEPS and planned not in (None, config.STEPS) and state['last_epoch'] >= planned:
-        raise ValueError(
-            f'{path} has ended after its {planned} steps, config.STEPS is {config.STEPS}: begin a new run in another '
-            'config.OUTPUT_FOLDER.'
+            f'{path} has ended after its {planned} steps, within an epoch, and cannot become {now} steps long: begin a '
+            'new run in another config.OUTPUT_FOLDER.'
         )
 
 

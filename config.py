@@ -222,6 +222,14 @@ _FOUND = {
 }
 
 
+def reset():
+    """Set all numbers to those of this file."""
+    values = vars(sys.modules[__name__])
+    for name in _FOUND.keys() & values.keys():
+        del values[name]
+    values.update(_defaults)
+
+
 def __dir__():
     """Return the names of all settings, also of those in `_FOUND`."""
     return sorted({*globals(), *_FOUND})
@@ -232,3 +240,6 @@ def __getattr__(name):
     if name in _FOUND:
         return _FOUND[name]()
     raise AttributeError(f'config has no {name}')
+
+
+_defaults = {name: value for name, value in vars().items() if name.isupper() and not name.startswith('_')}

@@ -199,12 +199,12 @@ class PolySchedule(torch.optim.lr_scheduler.LRScheduler):
     Attributes:
         numSteps: steps of the whole training.
         planned: `numSteps` before the schedule was shortened.
-        stepsPerEpoch: batches of an epoch, which a resumed run has to have too; None if `config.STEPS` sets the length.
+        stepsPerEpoch: batches of an epoch, which a resumed run has to have too; None before the first one.
     """
 
     def __init__(self, optimizer, numSteps):
         self.numSteps = self.planned = numSteps
-        self.stepsPerEpoch = None if config.STEPS else numSteps / config.EPOCHS
+        self.stepsPerEpoch = None
         self._begun = None  # hours and step at the first call of `fit` in this process
         super().__init__(optimizer)
 
@@ -219,6 +219,24 @@ class PolySchedule(torch.optim.lr_scheduler.LRScheduler):
     def hasEnded(self):
         """Return whether the last step was made, after which the learning rate is 0."""
         return self.last_epoch >= self.numSteps
+
+    def begin(self, numBatches):
+        """Begin an epoch of so many batches.
+
+        Raises:
+            ValueError: the schedule has ended, or the epochs before had another number of batches.
+        """
+        if self.hasEnded:
+            raise ValueError(
+                f'The schedule has ended after {self.numSteps} steps, and the learning rate is 0: the training is '
+                'complete. `utils.epochs` stops there; for a longer training, begin a new run.'
+            )
+        if self.stepsPerEpoch not in (None, numBatches):
+            raise ValueError(
+                f'The run was begun with {self.stepsPerEpoch} batches an epoch, and now has {numBatches}: its learning '
+                'rate would decay wrongly. Set config.BATCHSIZE and the patches as they were.'
+            )
+        self.stepsPerEpoch = numBatches
 
     def fit(self):
         """Shorten the schedule, with a message, if the steps that are left do not fit into `config.TIME_BUDGET`.
@@ -337,11 +355,8 @@ def train(model, criterion, optimizer, scaler, loader, transform=None, scheduler
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group['params']):
         raise ValueError('The optimizer has none of the parameters of the model: make it after the model, from it.')
     schedule = scheduler if isinstance(scheduler, PolySchedule) else None
-    if schedule is not None and schedule.hasEnded:
-        raise ValueError(
-            f'The schedule has ended after {schedule.numSteps} steps, and the learning rate is 0: the training is '
-            'complete. `utils.epochs` stops there; for a longer training, begin a new run.'
-        )
+    if schedule is not None:
+        schedule.begin(len(loader))
     activation = 'sigmoid' if isinstance(criterion, smp.losses.FocalLoss) else 'softmax'
     noteTraining(model, getattr(loader, 'dataset', None), activation)
     if getattr(loader, 'persistent_workers', False):

@@ -197,8 +197,8 @@ def split(df, test=None):
         test: ids of the patients to test on; other scans of their subjects are in no set. None: they are drawn.
 
     Returns:
-        traindf, valdf, testdf: disjoint, together every patient with a segmentation; none is empty if there are three
-        subjects or more, but for a fraction of 0.
+        traindf, valdf, testdf: disjoint; without `test`, together every patient with a segmentation. None is empty if
+        there are three subjects or more, but for a fraction of 0.
 
     Raises:
         ValueError: no subject is left for training, no patient has a segmentation, or one of `test` is not among them.
@@ -222,6 +222,8 @@ def split(df, test=None):
     drawn, val, train = (df[subjects.isin(part)] for part in np.split(order, [numTest, numTest + numVal]))
     test = drawn if test is None else df[df.index.isin(test)]
     print(f'{len(train)} patients to train, {len(val)} to validate, {len(test)} to test.')
+    if numLeft := len(drawn) - len(test):
+        print(f'{numLeft} other scans of the subjects to test are in no set.')
     if len(order) < 3:
         print(f'{len(df)} patients are {len(order)} subjects; three are needed for a set to validate and one to test.')
     return train, val, test

@@ -5,6 +5,7 @@ import re
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -313,8 +314,7 @@ def runEpochs(folder, upTo, workers, isBatched):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:The model was trained on')
-@pytest.mark.parametrize('isBatched', [False, True])
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize(('workers', 'isBatched'), [(0, True), (2, False)])
 def test_loadCheckpoint_resumedEqualsUninterrupted(tmp_path, workers, isBatched):
     """Stopped after two of four epochs and resumed: weights, history and random states are the same, bit for bit."""
     for name in ('whole', 'parts'):
@@ -376,13 +376,15 @@ def test_loadCheckpoint_predictsWithTheAverage(tmp_path):
         checkpoints.loadCheckpoint(model, optimizer, None, scaler, config.LAST_CHECKPOINT)
 
 
-def test_loadCheckpoint_refusesOtherBatches(tmp_path):
+def test_train_refusesOtherBatchesOfAResumedRun(tmp_path):
     """With half the batches an epoch, a schedule that counts them would be at its end too early: it is refused."""
     runAveraged(tmp_path, 2)
     model, optimizer, _, scaler = makeRun()
     scheduler, average = engine.makeScheduler(optimizer, 8), engine.makeAverage(model, 8)
-    with pytest.raises(ValueError, match='a run with 4 batches an epoch, this one has 2'):
-        checkpoints.loadCheckpoint(model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT, average)
+    checkpoints.loadCheckpoint(model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT, average)
+    batches = [(torch.randn(8, 3, 8, 8), torch.zeros(8, 8, 8, dtype=torch.long))] * 2
+    with pytest.raises(ValueError, match='begun with 4 batches an epoch, and now has 2'):
+        engine.train(model, torch.nn.CrossEntropyLoss(), optimizer, scaler, batches, None, scheduler, average)
 
 
 def test_loadCheckpoint_tellsAnotherNumberOfSteps(tmp_path, capsys):
@@ -393,9 +395,14 @@ def test_loadCheckpoint_tellsAnotherNumberOfSteps(tmp_path, capsys):
     scheduler, average = engine.makeScheduler(optimizer, 32), engine.makeAverage(model, 32)
     checkpoints.loadCheckpoint(model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT, average)
     assert 'after 16 steps the learning rate goes on at 0.54 of its maximum, not at 0.00' in capsys.readouterr().out
-    config.STEPS = 20  # the last epoch of a run by steps may be a short one
-    with pytest.raises(ValueError, match=r'has ended after its 16 steps, config\.STEPS is 20: begin a new run'):
-        checkpoints.loadCheckpoint(model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT, average)
+
+
+def test_loadCheckpoint_refusesToLengthenARunThatEndedWithinAnEpoch(tmp_path):
+    """A run of 14 steps, three epochs of 4 and one of 2, cannot become one of 16: its epochs no longer count."""
+    with mock.patch.object(engine, 'makeScheduler', lambda optimizer, _: engine.PolySchedule(optimizer, 14)):
+        runAveraged(tmp_path, 4)
+    with pytest.raises(ValueError, match='ended after its 14 steps, within an epoch, and cannot become 16 steps long'):
+        runAveraged(tmp_path, 4)
 
 
 def test_loadCheckpoint_startsFromZeroWithoutAFile(tmp_path, capsys):

@@ -20,6 +20,7 @@ import provenance
 from patients import parallel
 
 distributed = pytest.importorskip('dask.distributed')
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('cluster')]  # one process, as they share a cluster
 
 
 @pytest.fixture(scope='module')
@@ -50,7 +51,6 @@ def filesOf(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
-@pytest.mark.slow
 def test_cluster_writesTheFilesOfOneProcess(client, df, model, tmp_path):
     """Patches, segmentations and scores are the same, byte for byte; the values of `config` reach the processes."""
     config.PLANES, config.PATCH_STRIDE = ('axial', 'sagittal'), 16
@@ -108,7 +108,6 @@ def dieOnce(folder, paths):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.slow
 def test_cluster_survivesTheDeathOfAProcess(client, df, tmp_path):
     """A process is killed in the middle of its work: another one does what it had to do."""
     with joblib.parallel_config('dask', n_jobs=2):

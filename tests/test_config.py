@@ -84,3 +84,13 @@ def test_findDevice_triesCudaThenMpsThenCpu(monkeypatch, cuda, mps, device):
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
     monkeypatch.setattr(torch, 'ones', lambda *size, device: ones(*size))
     assert config._findDevice.__wrapped__() == device
+
+
+def test_reset_undoesTheDemo():
+    """After the demo and a folder of one's own, all numbers are those of the file, and folders are found again."""
+    config.reset()  # what the tests set
+    before = {name: getattr(config, name) for name in dir(config) if name.isupper()}
+    assert before['EPOCHS'] == 30
+    vars(config).update({**config.DEMO, 'STEPS': 7, 'LAST_CHECKPOINT': 'x.pt', 'DATA_FOLDER': 'own'})
+    config.reset()
+    assert {name: getattr(config, name) for name in before} == before

@@ -489,7 +489,13 @@ class Sure(torch.nn.Module):
 def test_predict_givesNoNegativeProbability(writeCase, inFloat32, stride):
     """Whatever rounding does to the sum over planes and windows, here and without torch."""
     paths, _ = makePatient(writeCase, (70, 36, 20))
-    member = {'planes': list(PLANES), 'patchSize': 64, 'multiple': 32, 'activation': 'softmax'}
+    member = {
+        'planes': list(PLANES),
+        'patchSize': 64,
+        'multiple': 32,
+        'activation': 'softmax',
+        'provenance': {'settings': {}},
+    }
     about = {
         'modalities': list(config.MODALITIES),
         'classes': range(4),

@@ -305,7 +305,7 @@ def test_makeDataset_cutsPhantomsAsBefore(tmp_path):
 # A split
 
 
-def test_split_testsTheNamedPatients():
+def test_split_testsTheNamedPatients(capsys):
     """The named ones are the test set; other scans of them are in no set; an unknown one is refused by name."""
     df = listOf(12)
     train, val, test = cohort.split(df, test=['BraTS2021_00003', 'BraTS2021_00001'])
@@ -321,6 +321,7 @@ def test_split_testsTheNamedPatients():
     config.VAL_FRACTION = 0
     train, val, test = cohort.split(scans, test=['BraTS-GLI-00001-001'])
     assert [list(part.index) for part in (train, val, test)] == [list(scans.index[:2]), [], ['BraTS-GLI-00001-001']]
+    assert '1 other scans of the subjects to test are in no set.' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(('fractions', 'sizes'), [((0, 0), (6, 0, 0)), ((0.2, 0), (5, 1, 0)), ((0, 0.2), (5, 0, 1))])

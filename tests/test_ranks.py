@@ -8,6 +8,8 @@ import torch.multiprocessing
 import engine
 import ranks
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('ranks')]  # one process, as they share two others
+
 
 def makeLayers():
     torch.manual_seed(0)
@@ -72,7 +74,6 @@ def onTwoRanks(tmp_path_factory):
     return list(zip(*(torch.load(folder / f'{number}.pt', weights_only=False) for number in range(2)), strict=True))
 
 
-@pytest.mark.slow
 def test_share_makesAStepOfTwoRanksEqualToOneOfTheWholeBatch(onTwoRanks):
     """Loss, gradients and statistics of batch norm are those of one process with the whole batch."""
     layers, criterion = makeLayers(), engine.DiceAndCrossEntropy()

@@ -442,11 +442,10 @@ def test_page_isWorkedByKeys(folder, openPage):
     assert page.locator('#modes input:checked').get_attribute('value') == 'errors'
     assert all(len(coloredPixels(page, plane)) == 0 for plane in ('axial', 'coronal', 'sagittal'))  # no error in it
     page.keyboard.press(']')
-    page.wait_for_function(f'document.getElementById("message").textContent === "" || "{nameOf(2)}"')
-    assert page.inner_text('#viewer-name') == nameOf(2)
+    page.locator('#viewer-name', has_text=nameOf(2)).wait_for()
     page.keyboard.press('Escape')
     assert not page.locator('#viewer').is_visible()
-    page.wait_for_function(f'document.activeElement.textContent === "{nameOf(2)}"')  # focus comes with the close event
+    page.locator(f':focus:text("{nameOf(2)}")').wait_for()  # focus comes with the close event
 
 
 def test_page_followsTheThemeAndFitsAPhone(folder, openPage):
