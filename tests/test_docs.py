@@ -96,24 +96,45 @@ def test_readme_runsAsItIsWritten(home, monkeypatch):
     ids = phantom.makeCases(config.DATA_FOLDER, 3, shape=(40, 40, 16))
     trainForOneEpoch(utils.makeFileList()[:1])
     names = {}
-    for block in [*blocksOf('README.md'), *blocksOf('docs/hardware.md')]:
+    for block in blocksOf('README.md'):
         exec(block, names)
-    assert len(names['dataset'].provenance['patients']) == 3
     plt.close('all')
     assert (home / 'BraTS20_Training_001.nii.gz').is_file() and (home / 'scores.png').is_file()
     assert sorted(set(names['table']['patient'])) == ids[1:]
 
 
+def test_hardware_cutsTheTrainingPatientsInShards(home):
+    """The shards, read as one, hold the training patients of the split, and no other."""
+    config.DATA_FOLDER = 'patients'
+    phantom.makeCases('patients', 4, shape=(40, 40, 16))
+    [block] = blocksOf('docs/hardware.md')
+    exec(block, names := {})
+    assert len(names['traindf']) == 2
+    assert sorted(names['dataset'].provenance['patients']) == list(names['traindf'].index)
+
+
+def test_editions_listsTheValues():
+    """The page names each value of `config.EDITION`, and no other."""
+    [listed] = re.findall(r"^    'BraTS2017'.*?\n\n", (HOME / 'docs/editions.md').read_text(), re.MULTILINE | re.DOTALL)
+    assert re.findall(r"'(.+?)'", listed) == list(patients.editions.EDITIONS)
+
+
 def test_training_runsAsItIsWritten(home):
-    """Its blocks train, score the test patient, read the same split again, and predict with rules of the validation."""
+    """Its blocks train, score the test patient, do so again from the folder, and predict with rules."""
     config.EPOCHS = 1
     phantom.makeCases('patients', 3, shape=(40, 40, 16))
-    names = {'__name__': '__main__'}
-    for block in blocksOf('docs/training.md'):
+    names, after = ({'__name__': '__main__'} for _ in range(2))
+    predicts, trains, *others = blocksOf('docs/training.md')
+    for block in (predicts, trains):
+        assert "'/where/brats/is'" in block
+    exec(trains.replace("'/where/brats/is'", "'patients'"), names)
+    exec(predicts.replace("'/where/brats/is'", "'patients'"), after)
+    pd.testing.assert_frame_equal(after['table'], names['table'])
+    for block in others:
         exec(block, names)
     for name, df in zip(('traindf', 'valdf', 'testdf'), names['sets'], strict=True):
         pd.testing.assert_frame_equal(names[name], df)
-    for folder in ('results', 'with_rules'):
+    for folder in ('results', 'predictions', 'with_rules'):
         settings = json.loads((home / 'run1' / folder / 'settings.json').read_text())
         assert settings['prediction']['trainedOn'] == []
     assert settings['prediction']['rules'] == {'ml': names['rules'].ml, 'N': names['rules'].N}
@@ -122,14 +143,14 @@ def test_training_runsAsItIsWritten(home):
 
 def test_ownData_readsNifti(home):
     """The described masks become one class of tumor, beside a patient of BraTS, and are cut, predicted and scored."""
-    config.DATA_FOLDER = 'patients'
-    phantom.makeCases('patients', 1, shape=(40, 40, 16))
+    config.DATA_FOLDER = 'clinic'
+    phantom.makeCases('clinic', 1, shape=(40, 40, 16))
     [paths] = [paths for _, paths in utils.makeFileList().iterrows()]
     for column, name in {'t1ce': 'contrast', 'flair': 'flair', 'seg': 'mask'}.items():
         nifti = nib.load(paths[column])
         volume = np.asarray(nifti.dataobj)
         volume = np.uint8(255) * (volume > 0) if column == 'seg' else volume
-        nib.save(nib.Nifti1Image(volume, nifti.affine), f'patients/case7_{name}.nii.gz')
+        nib.save(nib.Nifti1Image(volume, nifti.affine), f'clinic/case7_{name}.nii.gz')
     block = blocksOf('docs/own_data.md')[0]
     exec(block, names := {})
     df = names['df']

@@ -83,11 +83,12 @@ def test_ownData_describesTheEditionOnTheCommandLine(tmp_path, monkeypatch):
     for column in (*COLUMNS, 'seg'):
         touch(tmp_path, f'nifti/{IDS[0]}/{IDS[0]}_{column}.nii.gz')
     [command] = [
-        line for line in (HOME / 'docs/own_data.md').read_text().splitlines() if line.startswith('python train')
+        line for line in (HOME / 'docs/own_data.md').read_text().splitlines() if line.startswith('.venv/bin/python')
     ]
     vars(config).update(train.readArguments(shlex.split(command)[2:]))
     assert utils.makeFileList().notna().sum(axis=1).to_dict() == {IDS[0]: 4}
     assert editions.classesOf('LGG') == {0: 0, 255: 1}
+    assert editions.withoutTime(IDS[0]) == 'TCGA_CS_4941'
 
 
 # Slices
