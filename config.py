@@ -6,6 +6,9 @@ import re
 import sys
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # noqa: UP036
+    raise ImportError(f'Python 3.11 or newer is needed; this is {sys.version.split()[0]}.')
+
 # Patients. DATA_FOLDER and OUTPUT_FOLDER are found when they are read, unless they are set. DATA_FOLDER is the
 # environment variable BRATS_FOLDER, else /kaggle/input if it holds files of BraTS, else None. OUTPUT_FOLDER is
 # /kaggle/working, else a mounted Drive on Colab, else the current folder.
