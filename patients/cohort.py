@@ -132,8 +132,9 @@ def _checkImages(images):
         elif len(np.unique(image[:, :, ::8])) < _FEW_VALUES and len(np.unique(image)) < _FEW_VALUES:
             numValues = len(np.unique(image))
             yield column, f'it has {numValues} different values, like a segmentation; an image was expected', False
-        numClipped = np.count_nonzero(image == _LARGEST)
-        if numClipped > 1 and image.max() == _LARGEST:  # a single one is the maximum of a scaled image
+        # numpy 2.0 to 2.2 crash if they compare an array of 8 bits with a larger number
+        numClipped = np.count_nonzero(image == _LARGEST) if image.max() == _LARGEST else 0
+        if numClipped > 1:  # a single one is the maximum of a scaled image
             text = f'{numClipped} voxels are {_LARGEST}, the largest number of 16 bits: they were clipped'
             yield column, text, False
     for (first, image), (second, other) in combinations(images.items(), 2):
