@@ -380,7 +380,7 @@ def test_train_refusesOtherBatchesOfAResumedRun(tmp_path):
     """With half the batches an epoch, a schedule that counts them would be at its end too early: it is refused."""
     runAveraged(tmp_path, 2)
     model, optimizer, _, scaler = makeRun()
-    scheduler, average = engine.makeScheduler(optimizer, 8), engine.makeAverage(model, 8)
+    scheduler, average = engine.makeScheduler(optimizer, 16), engine.makeAverage(model, 16)
     checkpoints.loadCheckpoint(model, optimizer, scheduler, scaler, config.LAST_CHECKPOINT, average)
     batches = [(torch.randn(8, 3, 8, 8), torch.zeros(8, 8, 8, dtype=torch.long))] * 2
     with pytest.raises(ValueError, match='begun with 4 batches an epoch, and now has 2'):
