@@ -20,7 +20,7 @@ VAL_FRACTION = 0.15  # of the patients with a segmentation; validated on after e
 TEST_FRACTION = 0.15  # of the same patients; scored once, at the end; 0: none
 
 # Patches. TRAIN_FILE and VAL_FILE lie in OUTPUT_FOLDER.
-PLANES = ('axial', 'coronal', 'sagittal')  # one model learns their slices; predictions are averaged; thick slices: one
+PLANES = ('axial', 'coronal', 'sagittal')  # one model learns all; predictions are averaged. Of thick slices only one
 SLICE_STEP = 3  # every third slice of each plane, as neighbours look alike; the first is drawn per patient
 PATCH_SIZE = 128  # pixels, both axes; a multiple of 2 ** ENCODER_DEPTH
 # Pixels from one window to the next, at most PATCH_SIZE. The last window ends at the edge of the slice, so that nothing

@@ -423,7 +423,7 @@ def inputsOf(model, transform=None, planes=None):
 
 
 def inputOf(model, transform=None, planes=None):
-    """Return the input settings of the training. Warn where `config` differs.
+    """Return the input settings of the training. Warn where `config` differs; fewer planes than its are no difference.
 
     Args:
         model: if it has no provenance, the settings of `config` are returned.
