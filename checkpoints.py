@@ -139,10 +139,10 @@ def makeCheckpoint(
         pd.DataFrame(history).to_csv(temporary, index=False)
     stream = io.BytesIO()  # torch's own error on a full disk does not name the file
     torch.save(checkpoint, stream)
-    content = stream.getbuffer()
     for path in (config.BEST_CHECKPOINT, config.LAST_CHECKPOINT) if isBest else (config.LAST_CHECKPOINT,):
-        with writeAtomically(path) as temporary:
-            temporary.write_bytes(content)
+        # Python 3.12.1 crashes if an error leaves the buffer unreleased, as Path.write_bytes does
+        with writeAtomically(path) as temporary, stream.getbuffer() as content, open(temporary, 'wb') as file:
+            file.write(content)
     return best
 
 
