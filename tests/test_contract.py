@@ -39,7 +39,7 @@ if __name__ == '__main__':
     torch.multiprocessing.set_start_method('spawn')
     config.DATA_FOLDER, config.OUTPUT_FOLDER, config.DEVICE = 'data', 'output', 'cpu'
     config.BATCHSIZE, config.EPOCHS, config.PATCH_SIZE, config.PATCH_STRIDE = 4, 1, 64, 56
-    phantom.makeCases(config.DATA_FOLDER, 3, seed=1, shape=(120, 120, 18))
+    phantom.makeCases(config.DATA_FOLDER, 3, seed=1, shape=(72, 72, 18))
     df = utils.makeFileList()
     utils.plotSample(df.iloc[0])
     traindf, valdf, testdf = utils.split(df)

@@ -19,7 +19,7 @@ import phantom
 import preprocess
 import utils
 
-NUM_KILLS = int(os.environ.get('NUM_KILLS', 2))  # of each variant; set more to search longer
+NUM_KILLS = int(os.environ.get('NUM_KILLS', 1))  # of each variant; set more to search longer
 EPOCHS = 3
 
 
