@@ -19,6 +19,7 @@ import preprocess
 import provenance
 from patients import parallel
 
+dask = pytest.importorskip('dask')
 distributed = pytest.importorskip('dask.distributed')
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('cluster')]  # one process, as they share a cluster
 
@@ -27,7 +28,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('cluster')]  # one proce
 def client():
     """Two processes on this machine that have torch in memory."""
     options = {'n_workers': 2, 'threads_per_worker': 1, 'processes': True, 'dashboard_address': None}
-    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+    patience = {'distributed.comm.timeouts.tcp': '10 minutes', 'distributed.scheduler.worker-ttl': None}  # busy machine
+    with (
+        dask.config.set(patience),
+        distributed.LocalCluster(**options) as cluster,
+        distributed.Client(cluster) as client,
+    ):
         yield client
 
 
