@@ -201,7 +201,8 @@ def startRanks(folder, **values):
     names = (*config.DOCUMENT, *SMALL, 'DATA_FOLDER')
     values = {name: getattr(config, name) for name in names} | {'OUTPUT_FOLDER': str(folder)} | values
     arguments = [f'{name}={value}' for name, value in values.items()]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', str(HOME / 'train.py'), *arguments]
+    options = ['--standalone', '--nproc-per-node=2']  # standalone: on a free port, as two runs are started at once
+    command = [sys.executable, '-m', 'torch.distributed.run', *options, str(HOME / 'train.py'), *arguments]
     environment = os.environ | {'OMP_NUM_THREADS': '1', 'TQDM_DISABLE': '1'}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
