@@ -20,7 +20,7 @@ from ranks import numRanks
 FORMAT = 4  # of a checkpoint; raised when its layout changes
 _RECIPE = (  # settings of the training that must not change within a run
     *('SEED', 'LOSS', 'LOSS_GAMMA', 'LEARN_RATE', 'WEIGHT_DECAY', 'GRADIENT_CLIP', 'SCHEDULE', 'WARMUP', 'POLY_POWER'),
-    *('SCHEDULER_FACTOR', 'SCHEDULER_PATIENCE', 'AVERAGE'),
+    *('SCHEDULER_FACTOR', 'SCHEDULER_PATIENCE', 'AVERAGE', 'MODALITY_DROPOUT', 'START'),
 )
 
 

@@ -52,6 +52,7 @@ CONTRAST = (0.5, 0.25, 0.1)
 INTENSITY_PROBABILITY = 0.95  # that one of the two below is applied, with equal odds
 NOISE_STD = 0.1  # largest standard deviation, on the scale of STRETCH_RANGE
 BIAS_COEFFICIENTS = 0.1  # largest coefficient of the bias field's polynomial
+MODALITY_DROPOUT = 0.0  # probability that a patch is shown without a modality, each on its own, but never all
 
 # Loading
 BATCHSIZE = 32  # patches; fits a 16 GB card with a resnet34
@@ -63,6 +64,7 @@ LOADER_WORKERS = 2  # processes; Colab has 2 cores, Kaggle 4
 ENCODER_NAME = 'resnet34'
 ENCODER_WEIGHTS = 'imagenet'  # downloaded once; without internet the encoder starts from random weights, with a message
 ENCODER_DEPTH = 5
+START = None  # 'glioma', the weights in the box, or a folder of deploy.packModel: the training begins from them
 DECODER_CHANNELS = (256, 128, 64, 32, 16)
 NO_CLASSES = 4  # 5: the resection cavity is class 4, not background; 2: all tumor is class 1
 

@@ -101,11 +101,11 @@ def buildModel(name, settings, numChannels, weights=None):
 
 
 def availableWeights():
-    """Return `config.ENCODER_WEIGHTS`; or None, with a message, if they cannot be downloaded.
+    """Return `config.ENCODER_WEIGHTS`; or None with `config.START`, or, with a message, if they cannot be downloaded.
 
     The encoder then starts from random weights. The state of the random generators does not change.
     """
-    if config.ENCODER_WEIGHTS is None:
+    if config.ENCODER_WEIGHTS is None or config.START is not None:
         return None
     hub = logging.getLogger('huggingface_hub')  # offline it tries for half a minute, with many warnings
     level = hub.level
@@ -484,8 +484,8 @@ def _runEpoch(name, step, loader, device, transform=None, remark='', schedule=No
                 total += _sumLosses(name, losses, sizes, number, len(loader), remark)
                 bar.set_postfix(loss=f'{losses[-1].item():.4f}')
                 losses, sizes = [], []
-                if schedule is not None:
-                    schedule.fit()
+            if schedule is not None and (number % _CHECK_EVERY == 0 or number == len(loader)):
+                schedule.fit()
             if schedule is not None and schedule.hasEnded:
                 break
         if losses:  # of the last batches; len(loader) may be wrong
@@ -648,7 +648,7 @@ def segmentAll(df, model, transform=None, planes=None, measure=None, **options):
 
 def _prepare(paths, settings):
     """Return the id of a patient, x float32 (D, C, W, H), y int64 (D, W, H) or None, the brain mask bool (D, W, H)."""
-    image, label = readCase(paths, settings.modalities)
+    image, label = readCase(paths, settings.modalities, settings.mayLack)
     isBrain = torch.from_numpy(maskFunction(image).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
     warnOfUnfit(patientOf(paths), isBrain.numpy(), spacingOf(paths), settings.spacing)
     x, y = transformVolume(image, label, settings.transform, patientOf(paths))

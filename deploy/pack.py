@@ -1,5 +1,6 @@
 """Pack trained models into a folder that predicts with its own settings, and load it."""
 
+import functools
 import json
 import os
 import shutil
@@ -13,16 +14,19 @@ from checkpoints import loadModel as loadCheckpointModel
 from checkpoints import readCheckpoint
 from deploy.card import writeCard
 from engine import buildModel
+from patients.cohort import startFolder
 from patients.editions import labelsFrom
+from patients.parallel import forEachPatient
+from patients.reading import BOX, voxelChecksums
 from postprocess.components import Tuning
 from predictor import FORMAT, hashFile, readAbout, writeAbout
-from provenance import asEarlier, configured, differences
+from provenance import asEarlier, configured, differences, plain, seenBy, unwrap
 
 _SETTINGS = ('model', 'ENCODER_NAME', 'ENCODER_DEPTH', 'DECODER_CHANNELS', 'NO_CLASSES')
 _SHARED = ('modalities', 'classes', 'stretching')  # what members of an ensemble must have in common
 
 
-def packModel(checkpoints, folder, df=None, scores=None, rules=None):
+def packModel(checkpoints, folder, df=None, scores=None, rules=None, half=False):
     """Write the models of checkpoints into a folder that holds all settings that a prediction needs.
 
     The folder has
@@ -38,10 +42,12 @@ def packModel(checkpoints, folder, df=None, scores=None, rules=None):
         checkpoints: path of a checkpoint such as `config.RESULT_CHECKPOINT`, or a list of them, the members of an
             ensemble.
         folder: path of the folder to write.
-        df: file list with the patients of the training, for their grades on the card.
+        df: file list with the patients of the training. Their grades come on the card; checksums of their voxels into
+            `config.json`, so that they are recognised under other names, as those of another year.
         scores: of patients that were not trained on, as `postprocess.scoreFolder` or `predictFolder` returns them, for
             the card.
         rules: `Tuning` that `postprocess.tunePostprocessing` returned; None: no post-processing.
+        half: store the weights in float16, which takes half the space.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -56,7 +62,9 @@ def packModel(checkpoints, folder, df=None, scores=None, rules=None):
     temporary = folder.with_name(folder.name + '.part')
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        about, found = _writeMembers(paths, temporary)
+        about, found = _writeMembers(paths, temporary, half)
+        for member in about['members'] if df is not None else ():
+            member['provenance']['voxels'] = _voxelsOf(member['provenance'], df)
         about['rules'] = _describeRules(rules)
         writeCard(temporary / 'README.md', about, found, df, scores)
         writeAbout(temporary, about)
@@ -69,7 +77,7 @@ def packModel(checkpoints, folder, df=None, scores=None, rules=None):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _writeMembers(paths, temporary):
+def _writeMembers(paths, temporary, half):
     """Write the folder of each member; return the content of `config.json`, and `checkpoints` for `writeCard`."""
     members, files, found = [], {}, []
     for number, path in enumerate(paths, start=1):
@@ -79,7 +87,7 @@ def _writeMembers(paths, temporary):
             raise ValueError(f'{path} cannot be packed with {paths[0]}: {"; ".join(texts)}.')
         seen = provenance['settings']
         home = temporary / str(number)
-        model.save_pretrained(home)
+        (model.half() if half else model).save_pretrained(home)
         (home / 'README.md').unlink()  # smp's model card, which names a licence
         files |= {f'{number}/{name}': hashFile(home / name) for name in ('model.safetensors', 'config.json')}
         members.append(
@@ -111,6 +119,13 @@ def _writeMembers(paths, temporary):
         'onnx': None,
     }
     return about, found
+
+
+def _voxelsOf(provenance, df):
+    """Return id -> checksums of the voxels of the patients of a file list that a model was trained on."""
+    trained, modalities = df[df.index.astype(str).isin(seenBy(provenance))], provenance['settings']['modalities']
+    sums = forEachPatient(functools.partial(voxelChecksums, modalities=modalities), trained, 'checksums')
+    return {**provenance.get('voxels', {}), **dict(zip(map(str, trained.index), sums, strict=True))}
 
 
 def _provenanceOf(model, path):
@@ -166,6 +181,48 @@ def loadModel(folder):
         model.provenance = asEarlier(member['provenance'])
         models.append(model)
     return models if len(models) > 1 else models[0]
+
+
+def pretrained():
+    """Return the model of the weights in the box, `weights/glioma`, for `engine.predict`; its card says what it is."""
+    return loadModel(BOX / 'glioma')
+
+
+def startFrom(model):
+    """Copy the weights of `config.START` into a model that is going to be trained; if it is None, do nothing.
+
+    The channels of the first layer are those of the modalities' names. With another number of classes, the last layer
+    keeps its own weights. `model.provenance` keeps the patients that the weights were trained on.
+
+    Args:
+        model: that `config` describes.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such folder, or it is not whole; it has several networks, or another
+            architecture than `config`; or it does not know one of `config.MODALITIES`.
+    """
+    if config.START is None:
+        return
+    folder = startFolder()
+    about = readAbout(folder, ('.safetensors',))
+    if len(about['members']) > 1:
+        raise ValueError(f'{folder} has {len(about["members"])} networks; a training can start from one.')
+    [member], known, kind = about['members'], about['modalities'], type(unwrap(model)).__name__
+    if kind != member['settings']['model']:
+        raise ValueError(f'config.START, {folder}, is a {member["settings"]["model"]}, not a {kind}.')
+    if unknown := [modality for modality in config.MODALITIES if modality not in known]:
+        raise ValueError(f'config.START, {folder}, has the channels {", ".join(known)}; not {", ".join(unknown)}.')
+    needed = {name: value for name, value in member['settings'].items() if name in _SETTINGS[1:-1]}
+    if other := [f'{name} = {value!r}' for name, value in needed.items() if value != plain(getattr(config, name))]:
+        raise ValueError(f'config.START, {folder}, has another network: set config.{", config.".join(other)}.')
+    weights = safetensors.torch.load_file(folder / member['folder'] / 'model.safetensors')
+    own = unwrap(model).state_dict()
+    first = next(name for name, each in own.items() if name.startswith('encoder.') and each.ndim == 4)
+    weights[first] = weights[first][:, [known.index(modality) for modality in config.MODALITIES]]
+    unwrap(model).load_state_dict({**own, **{name: w for name, w in weights.items() if w.shape == own[name].shape}})
+    changed = {'modalities': plain(config.MODALITIES), 'classes': plain(config.CLASS_NAMES)}
+    earlier = asEarlier(member['provenance'])
+    unwrap(model).provenance = {**earlier, 'settings': {**earlier['settings'], **changed}}
 
 
 def buildMember(folder, about, member, device):

@@ -18,11 +18,13 @@ from atomic import writeAtomically
 from patients.editions import CAVITY, classesOf, isAutomatic, known, withoutTime
 from patients.parallel import forEachPatient, resultsOf, withSegmentation
 from patients.reading import (
+    BOX,
     UNREADABLE,
     checkGrid,
     detectEdition,
     firstFile,
     hasFile,
+    hasVoxelsOf,
     maskFunction,
     readLabel,
     readVolume,
@@ -223,6 +225,7 @@ def split(df, test=None):
     drawn, val, train = (df[subjects.isin(part)] for part in np.split(order, [numTest, numTest + numVal]))
     test = drawn if test is None else df[df.index.isin(test)]
     print(f'{len(train)} patients to train, {len(val)} to validate, {len(test)} to test.')
+    _warnOfStart(pd.concat([val, test]))
     if numLeft := len(drawn) - len(test):
         print(f'{numLeft} other scans of the subjects to test are in no set.')
     if len(order) < 3:
@@ -250,6 +253,37 @@ def splitFolds(df, k):
         raise ValueError(f'k is {k}; 2 to {len(order)}, the number of subjects, was expected.')
     tested = [subjects.isin(part) for part in np.array_split(order, k)]
     return [(df[~isTested], df[isTested]) for isTested in tested]
+
+
+def startFolder():
+    """Return the path of the model folder that `config.START` names."""
+    return BOX / config.START if (BOX / config.START).is_dir() else Path(config.START)
+
+
+def seenByStart(df):
+    """Return the ids of the patients of a file list that the weights of `config.START` were trained on.
+
+    They are recognised by their ids, as other scans of a subject, and by their voxels.
+    """
+    file = config.START and startFolder() / 'config.json'
+    if not file or not file.is_file():  # told when the training starts
+        return []
+    subjects, voxels = set(), {}
+    for member in json.loads(file.read_text())['members']:
+        own = member['provenance']
+        subjects |= {withoutTime(patient) for patient in (*own['patients'], *own['earlier'])}
+        voxels |= own.get('voxels', {})
+    hasVoxels = forEachPatient(partial(hasVoxelsOf, voxels=voxels), df, 'patients of config.START')
+    ids = zip(df.index.astype(str), hasVoxels, strict=True)
+    return [patient for patient, isSame in ids if isSame or withoutTime(patient) in subjects]
+
+
+def _warnOfStart(df):
+    """Warn of patients to validate or test on that the weights of `config.START` were trained on."""
+    if seen := seenByStart(df):
+        names = ', '.join(seen[:5]) + ', ...' * (len(seen) > 5)
+        text = f'config.START was trained on {len(seen)} of {len(df)} patients to validate or test on: {names}.'
+        warnings.warn(f'{text} Their scores are no test.', stacklevel=3)
 
 
 def _drawOrder(df):

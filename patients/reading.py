@@ -19,6 +19,7 @@ except ImportError:
     import gzip
     import zlib as isal_zlib
 
+BOX = Path(__file__).resolve().parent.parent / 'weights'  # model folders that come with the package
 MAX_MAGNITUDE = 1e6  # no scanner writes larger values
 # A header that says more is broken, and is refused before memory is allocated
 MAX_VOXELS = 2**27  # 512 x 512 x 512
@@ -158,8 +159,8 @@ def fileOf(paths, column, needed=()):
             does not exist.
     """
     if not hasFile(paths, column):
-        text = f' The model needs all of {", ".join(needed)}: add it, or use one trained without it.' if needed else ''
-        raise FileNotFoundError(f'{patientOf(paths)}: no file for the modality {column}.{text}')
+        text = f' The model needs all of {", ".join(needed)}, or a training with config.MODALITY_DROPOUT.'
+        raise FileNotFoundError(f'{patientOf(paths)}: no file for the modality {column}.{text if needed else ""}')
     if not Path(paths[column]).is_file():
         raise FileNotFoundError(f'{patientOf(paths)}: {paths[column]} does not exist.')
     return Path(paths[column])
@@ -169,15 +170,16 @@ def patientOf(paths):
     """Return the patient id of a row of the file list; for a dict, the name of its first file's folder."""
     if getattr(paths, 'name', None) is not None:
         return str(paths.name)
-    return Path(firstFile(paths) or 'patient/file').parent.name
+    return Path(firstFile(paths) or 'patient/file').absolute().parent.name
 
 
-def readCase(paths, modalities=None):
+def readCase(paths, modalities=None, mayLack=False):
     """Return the image and the classes of one patient.
 
     Args:
         paths: one row of the file list (Series or dict).
         modalities: the channels in order, default `config.MODALITIES`.
+        mayLack: some may be missing, but not all: their channels are 0, and a line is printed.
 
     Returns:
         image: float32 (C, W, H, D), intensities as in the files. The axes point to the patient's right, front and top
@@ -190,11 +192,17 @@ def readCase(paths, modalities=None):
         ValueError: a file cannot be read, is not 3-D, has values that are not finite or beyond 1e6, lies on another
             grid than the first modality, or has a label unknown to its edition. Patient and file are named.
     """
-    label, *volumes = readVolumes(paths, modalities)
+    wanted = list(config.MODALITIES if modalities is None else modalities)
+    found = [each for each in wanted if hasFile(paths, each)] if mayLack else wanted
+    if not found:
+        raise FileNotFoundError(f'{patientOf(paths)} has no modality; one of {", ".join(wanted)} was expected.')
+    if missing := [each for each in wanted if each not in found]:
+        print(f'{patientOf(paths)} is predicted without {", ".join(missing)}.')
+    label, *volumes = readVolumes(paths, found)
     # memory order of the files (first axis fastest): transposing takes longer than reading
-    image = np.empty((len(volumes), *volumes[0].shape[::-1]), np.float32).transpose(0, 3, 2, 1)
-    for channel, volume in zip(image, volumes, strict=True):
-        channel[:] = volume
+    image = np.zeros((len(wanted), *volumes[0].shape[::-1]), np.float32).transpose(0, 3, 2, 1)
+    for modality, volume in zip(found, volumes, strict=True):
+        image[wanted.index(modality)] = volume
     return image, None if label is None else np.asfortranarray(label)
 
 
@@ -226,6 +234,36 @@ def readVolumes(paths, modalities=None):
                 checkGrid(paths, other, *grids[other], modalities[0], *grids[modalities[0]])
         yield volume
         del volume
+
+
+def voxelChecksums(paths, modalities):
+    """Return modality -> CRC-32 of the sorted voxels of a patient's image, without those that are 0, as text.
+
+    Another name, header, data type or orientation of the file, or an empty margin cut off, does not change it.
+    """
+    found = {modality: paths[modality] for modality in modalities if hasFile(paths, modality)}
+    volumes = list(readVolumes(found, list(found)))[1:]
+    values = (np.sort(volume[volume != 0]).astype(np.float32) for volume in volumes)
+    return {modality: f'{zlib.crc32(each):08x}' for modality, each in zip(found, values, strict=True) if each.size}
+
+
+def hasVoxelsOf(paths, voxels):
+    """Return whether a patient has an image with the voxels of a training, whatever its name and header.
+
+    Args:
+        paths: one row of the file list.
+        voxels: dict of id -> `voxelChecksums`. The first modality that both have is compared; if it is empty, nothing
+            is read.
+    """
+    names = {name for sums in voxels.values() for name in sums}
+    first = next((name for name in COLUMNS if name in names and hasFile(paths, name)), None)
+    if first is None:
+        return False
+    try:
+        own = voxelChecksums(paths, [first])
+    except (ValueError, OSError):  # told when the patient is read for its own sake
+        return False
+    return bool(own) and any(sums.get(first) == own[first] for sums in voxels.values())
 
 
 def readLabel(paths):

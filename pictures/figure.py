@@ -56,6 +56,8 @@ def unpackPrediction(x, y, yhat):
             found = np.unique(each)[:9]
             raise ValueError(f'The {name} has the classes {found}; 0 to {config.NO_CLASSES - 1} were expected.')
     channel = shownChannel(x.shape[1])
+    if not np.ptp(x[:, channel]):  # a modality that is missing
+        channel = next((number for number in range(x.shape[1]) if np.ptp(x[:, number])), channel)
     return x[:, channel], channelNames(x.shape[1])[channel], classes
 
 

@@ -63,7 +63,8 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
     made = {'weights': _checksumOfWeights(model), 'kind': kind}
     made['rules'] = None if rules is None else {'ml': float(rules.ml), 'N': int(rules.N)}
     with warnings.catch_warnings(action='ignore'):  # predictAll warns
-        made['input'] = _describeInput(inputsOf(model, transform, kind['planes']), transform)
+        inputs = inputsOf(model, transform, kind['planes'])
+        made['input'] = _describeInput(inputs, transform)
         trained = membersFor(model, df)[1]
     before = _refuseOthers(folder, made)
     about = {**made, 'trainedOn': _trainedOn(model, {*(before.get('trainedOn') or ()), *trained}), **options}
@@ -73,7 +74,8 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
     df = df.iloc[number::numParts]
     noted, ids = file.with_name(file.name.replace('scores', 'disagreement')), df.index.astype(str)
     isScored = df['seg'].notna().to_numpy() & ~ids.isin(trained)
-    isDone = [_isFinished(paths, folder / 'upload' / f'{patient}.nii.gz') for patient, paths in df.iterrows()]
+    files = [folder / 'upload' / f'{patient}.nii.gz' for patient in df.index]
+    isDone = [_isFinished(df.iloc[row], inputs[0].modalities, file) for row, file in enumerate(files)]
     isLeft = ~np.array(isDone, bool) | (isScored & ~ids.isin(_readScores(file)['patient']))
     isLeft |= ~ids.isin(_readScores(noted)['patient'])
     if not isLeft.all():
@@ -130,9 +132,9 @@ def _finishPatient(paths, found, folder, rules, kind, trained):
     return patient, describeDisagreement(found.measured, yhat), scores
 
 
-def _isFinished(paths, file):
+def _isFinished(paths, modalities, file):
     """Return whether a patient's segmentation is newer than its images and its truth."""
-    given = [Path(paths[name]) for name in (*config.MODALITIES, 'seg') if hasFile(paths, name)]
+    given = [Path(paths[name]) for name in (*modalities, 'seg') if hasFile(paths, name)]
     return file.is_file() and all(each.is_file() and each.stat().st_mtime <= file.stat().st_mtime for each in given)
 
 

@@ -108,6 +108,8 @@ def _readCase(case, file, paths, trained):
     spacing = [float(value) for value in nib.affines.voxel_sizes(affine)]
     images = {}
     modality = config.MODALITIES[shownChannel(len(config.MODALITIES))]
+    if not hasFile(paths, modality):
+        modality = next((name for name in COLUMNS if hasFile(paths, name)), modality)
     for name in dict.fromkeys([modality, *{'t1ce'}.intersection(config.MODALITIES), 'seg']):
         if hasFile(paths, name):
             try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -20,6 +21,9 @@ import patients
 import phantom
 import postprocess
 import predictor
+import preprocess
+import provenance
+import utils
 from conftest import save, settingsOf, volumesOf
 from patients import volumes
 from postprocess import components
@@ -36,7 +40,7 @@ def writeCheckpoint(name, seed=0, isKnown=True, **changes):
     model = engine.makeModel()
     with torch.no_grad():  # statistics of a batch, so that the classes differ
         for _ in range(5):
-            model(torch.randn(2, 3, 32, 32))
+            model(torch.randn(2, config.ENCODER_IN_CHANNEL, 32, 32))
     usual = {'planes': ['axial', 'coronal', 'sagittal'], 'activation': 'softmax'}
     if isKnown:
         model.provenance = {
@@ -194,6 +198,66 @@ def test_writeCard_tellsWhatIsKnownAndWhatIsNot(tmp_path):
 
 
 # Elsewhere
+
+
+def test_startFrom_takesTheChannelsByName(tmp_path):
+    """The first layer gets the weights of each modality, a layer of other classes keeps its own, the rest is copied."""
+    config.MODALITIES = ('t1', 't1ce', 't2', 'flair')
+    deploy.packModel(writeCheckpoint('a.pt'), tmp_path / 'start')
+    packed = deploy.loadModel(tmp_path / 'start').state_dict()
+    config.MODALITIES, config.NO_CLASSES, config.START = ('flair', 't1'), 2, str(tmp_path / 'start')
+    model = engine.makeModel()
+    own = {name: each.clone() for name, each in model.state_dict().items()}
+    deploy.startFrom(model)
+    for name, each in model.state_dict().items():
+        expected = packed[name][:, [3, 0]] if name == 'encoder.conv1.weight' else packed[name]
+        assert torch.equal(each, own[name] if name.startswith('segmentation_head') else expected), name
+    assert provenance.trainedAmong(model, ['BraTS20_Training_009', 'P1']) == ['BraTS20_Training_009']
+    assert model.provenance['settings']['modalities'] == ['flair', 't1'] and not model.provenance['patients']
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'MODALITIES': ('t1ce', 't1')}, 'has the channels t1ce, t2, flair; not t1'),
+        (
+            {'ENCODER_NAME': 'resnet34', 'DECODER_CHANNELS': (8, 8, 8)},
+            r"set config\.ENCODER_NAME = 'resnet18', config\.DECODER_CHANNELS = \[16, 8, 8\]",
+        ),
+        ({'START': 'nowhere'}, 'nowhere is no model folder'),
+    ],
+)
+def test_startFrom_refusesOtherNetworks(tmp_path, changes, words):
+    """Unknown channels, another architecture and a missing folder are said before anything is trained."""
+    deploy.packModel(writeCheckpoint('a.pt'), tmp_path / 'start')
+    vars(config).update({'START': str(tmp_path / 'start'), **changes})
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        deploy.startFrom(engine.makeModel())
+
+
+def test_packModel_knowsItsPatientsByTheirVoxels(tmp_path, paths):
+    """Under another name, with another header and data type, unpacked: a training patient is one for all who start."""
+    known = paths.to_frame().T.rename(index={paths.name: 'BraTS20_Training_009'})
+    deploy.packModel(writeCheckpoint('a.pt'), tmp_path / 'start', known)
+    rows = {}
+    for number in (1, 2, 3):  # patient 2 is the one of the training, with other headers, and renamed
+        row = {}
+        for column in ('t1ce', 't2', 'flair', 'seg'):
+            volume = np.asarray(nib.load(paths[column]).dataobj).astype(np.float32 if column != 'seg' else np.uint8)
+            file = tmp_path / f'BraTS2021_0000{number}' / f'BraTS2021_0000{number}_{column}.nii'
+            file.parent.mkdir(exist_ok=True)
+            changed = volume if number == 2 or column == 'seg' else volume + number
+            save(changed, file, np.diag([1, 1, 1, 1]) + np.eye(4, k=3) * 5)
+            row[column] = str(file)
+        rows[file.parent.name] = row
+    df = pd.DataFrame.from_dict(rows, orient='index')
+    assert provenance.trainedPatients(deploy.loadModel(tmp_path / 'start'), df) == ['BraTS2021_00002']
+    config.START = str(tmp_path / 'start')
+    model = engine.makeModel()
+    deploy.startFrom(model)
+    assert provenance.trainedPatients(model, df) == ['BraTS2021_00002']
+    with pytest.warns(UserWarning, match='was trained on 1 of 2 patients to validate or test on: BraTS2021_00002'):
+        utils.split(df, test=['BraTS2021_00002'])
 
 
 @pytest.mark.filterwarnings('ignore:The settings of the training')
@@ -370,6 +434,31 @@ def test_predict_saysWhatToDoIfAModalityIsMissing(tmp_path, writeCase):
     model = checkpoints.loadModel(writeCheckpoint('a.pt'))
     with pytest.raises(FileNotFoundError, match=r't2\. The model needs all of t1ce, t2, flair'):
         engine.predict({name: file for name, file in row.items() if name != 't2'}, model)
+
+
+def test_predictions_doWithoutAModalityAfterDropout(tmp_path, paths, inFloat32, capsys):
+    """A missing modality is the background value in its channel, here and without torch; one has to be there."""
+    file = writeCheckpoint('a.pt', planes=['axial'], dropout=0.2)
+    folder, model = exportModel(tmp_path / 'model', file), checkpoints.loadModel(file)
+    lacking = paths.copy()
+    lacking['t2'] = None
+
+    def leaveOut(subject):  # the same by hand
+        changed = preprocess.makeTransforms()[2](subject)
+        return {**changed, 'x2': torch.full_like(changed['x2'], config.STRETCH_RANGE[0])}
+
+    expected = engine.predict(paths, model, transform=leaveOut, probabilities=True)
+    capsys.readouterr()
+    found = engine.predict(lacking, model, probabilities=True)
+    assert f'{paths.name} is predicted without t2.' in capsys.readouterr().out
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    probability = predictor.predict(lacking, folder, probabilities=True)[1]
+    np.testing.assert_allclose(probability, found[3], atol=1e-4)
+    lacking[['t1ce', 'flair']] = None
+    for predict, source in ((engine.predict, model), (predictor.predict, folder)):
+        with pytest.raises(FileNotFoundError, match='has no modality; one of t1ce, t2, flair was expected'):
+            predict(lacking, source)
 
 
 @pytest.mark.parametrize(

@@ -68,13 +68,19 @@ def test_deploy_runsAsItIsWritten(home, monkeypatch):
     phantom.makeCases('patients', 2, shape=(40, 40, 16))
     trainForOneEpoch(patients.makeFileList())
     names = {}
-    for block in blocksOf('docs/deploy.md'):
+    inTheBox, start, *blocks = blocksOf('docs/deploy.md')
+    for block in blocks:
         exec(block, names)
-    found = predictor.predict(patients.makeFileList().iloc[0], 'glioma')
+    found = predictor.predict(patients.makeFileList().iloc[0], 'mine')
     assert (found == names['yhat'].numpy()).mean() > 0.97  # 8-bit integers
-    deploy.exportOnnx('glioma')
-    found = predictor.predict(patients.makeFileList().iloc[0], 'glioma')
+    deploy.exportOnnx('mine')
+    found = predictor.predict(patients.makeFileList().iloc[0], 'mine')
     assert (found == names['yhat'].numpy()).mean() > 0.99
+    exec(inTheBox, names)
+    assert names['x'].shape[1] == 4 and names['yhat'].shape == names['x'][:, 0].shape
+    exec(start, {'config': config})
+    engine.makeModel()
+    deploy.startFrom(engine.makeModel())
     assert (home / 'predictions' / 'BraTS2020_itksnap.txt').is_file()
 
 

@@ -25,12 +25,12 @@ ROOMS = {
     'checkpoints': 'config atomic ranks provenance engine',
     'metrics': 'config',
     'postprocess': 'config atomic engine metrics patients provenance',
-    'pictures': 'config atomic metrics patients transforms postprocess',
-    'utils': '*',
-    'train': 'config batched checkpoints dataset engine patients preprocess ranks transforms',
-    'report': 'config atomic metrics patients pictures postprocess',
     'predictor': 'atomic patients',
     'deploy': 'config atomic checkpoints engine metrics patients postprocess predictor provenance',
+    'pictures': 'config atomic metrics patients transforms postprocess',
+    'utils': '*',
+    'train': 'config batched checkpoints dataset deploy engine patients preprocess ranks transforms',
+    'report': 'config atomic metrics patients pictures postprocess',
     'benchmarks': '*',
 }
 FILES = sorted(

@@ -16,8 +16,10 @@ import torch
 
 import checkpoints
 import config
+import deploy
 import engine
 import phantom
+import provenance
 import train
 import utils
 from conftest import sourcesOf
@@ -88,6 +90,18 @@ def test_trainModel_givesTheFinalWeights(df):
     assert list(utils.loadModel(result).provenance['earlier']) == list(df.index[:2])
     vars(config).update(config.DOCUMENT, EPOCHS=1, OUTPUT_FOLDER=config.OUTPUT_FOLDER + '/document')
     assert train.trainModel(df[:2], df[:0]) == config.BEST_CHECKPOINT  # an empty set is none
+
+
+def test_trainModel_beginsFromTheStart(df, tmp_path):
+    """With a rate of 0 the weights stay those of `config.START`; the patients of both trainings are remembered."""
+    packed = utils.loadModel(train.trainModel(df[:2]))
+    deploy.packModel(config.RESULT_CHECKPOINT, tmp_path / 'start')
+    vars(config).update(START=str(tmp_path / 'start'), LEARN_RATE=0, WEIGHT_DECAY=0, SEED=1, EPOCHS=1)
+    config.OUTPUT_FOLDER += '/started'
+    model = utils.loadModel(train.trainModel(df[2:3]))
+    for (name, one), other in zip(model.named_parameters(), packed.parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    assert provenance.trainedAmong(model, df.index) == list(df.index[:3])
 
 
 # Members
@@ -239,7 +253,7 @@ def test_trainModel_givesTheNotebooksWeights(df, tmp_path):
     first = next(number for number, source in enumerate(sources) if 'utils.split(df)' in source)
     last = next(number for number, source in enumerate(sources) if 'trainSet.file.close()' in source)
     names = {'df': df}
-    exec('import batched, config, engine, preprocess, utils, torch, segmentation_models_pytorch as smp', names)
+    exec('import batched, config, deploy, engine, preprocess, utils, torch, segmentation_models_pytorch as smp', names)
     config.OUTPUT_FOLDER = str(tmp_path / 'notebook')
     for source in sources[first : last + 1]:
         exec(source, names)

@@ -91,6 +91,26 @@ def test_contrast_drawsAsTorchioDoes():
     assertSameDistribution(0.5 ** gamma.exp() * factor + summand, found.numpy())
 
 
+def test_dropout_leavesOutEachImageButNeverAll():
+    """As many as the binomial says; where it says all, one is kept, each as often. Sample by sample it is the same."""
+    transform = transforms.RandomModalityDropout(0.4, -1, **IMAGES)
+    values = draw(transform)[1]
+    odds = torch.tensor([0.6**3, 3 * 0.4 * 0.6**2, 3 * 0.4**2 * 0.6 + 0.4**3, 0])
+    for found in (values, torch.cat([transform.draw(1, 3) for _ in range(DRAWS)]).float()):
+        counts = torch.bincount(found.sum(1).long(), minlength=4) / len(found)
+        torch.testing.assert_close(counts, odds, atol=0.04, rtol=0)
+        torch.testing.assert_close(found.mean(0), torch.full((3,), 0.4 - 0.4**3 / 3), atol=0.04, rtol=0)
+    image, left = torch.rand(2, 3, 4, 4), torch.tensor([[0.0, 1, 0], [1, 0, 1]])
+    found = viaBatched(transform, image, torch.zeros(2, 4, 4, dtype=torch.long), left)[0]
+    assert torch.equal(found, torch.where(left[..., None, None] > 0, -1, image))
+    subject = {name: torch.rand(1, 4, 4, 1) for name in IMAGES['include']}
+    for _ in range(20):
+        changed = transform(subject)
+        isOut = [bool((changed[name] == -1).all()) for name in subject]
+        assert not all(isOut)
+        assert all(out or torch.equal(changed[name], subject[name]) for out, name in zip(isOut, subject, strict=True))
+
+
 @pytest.mark.parametrize('mask', [None, patients.maskFunction, lambda image: image > image.mean()])
 @pytest.mark.parametrize('percentiles', [(0.5, 99.5), (0, 100), (25, 75), (0, 3)])
 @pytest.mark.parametrize('kind', [tio.RescaleIntensity, transforms.StretchHistogram])

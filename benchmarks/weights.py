@@ -1,0 +1,132 @@
+"""Make the weights in the box, `weights/glioma`, and measure them on patients that they have not seen.
+
+    python -m benchmarks.weights FOLDER OUTPUT [PART]
+
+The recipe is trained four times on three quarters of the patients, and scored on the others with each subset of the
+modalities; then it is trained on all. PART is 0, 1, 2, 3 (a fold) or all: the parts may run side by side. Without it
+all of them run, and the weights are packed. With PART curve, networks are trained on 1 to 16 patients, from the weights
+of fold 0 and from random ones, and scored on the patients of fold 0. A stopped run goes on where it was.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+import config
+import deploy
+import engine
+import metrics
+import pictures
+import train
+import utils
+from atomic import writeAtomically
+from deploy.card import tabulate
+from predictor import readAbout, writeAbout
+
+RECIPE = {
+    'MODALITIES': ('t1', 't1ce', 't2', 'flair'),
+    'MODALITY_DROPOUT': 0.2,
+    'ENCODER_NAME': 'tu-resnet10t',  # small enough for the repository
+    'ENCODER_WEIGHTS': None,
+    'DECODER_CHANNELS': (128, 64, 32, 16, 16),
+    'BATCHSIZE': 16,
+    'STEPS': 2000,
+}
+FOLDS = 4
+CURVE = {'sizes': (1, 2, 4, 8, 16), 'seeds': 3, 'STEPS': 200}
+SUBSETS = [subset for count in (4, 3, 2, 1) for subset in itertools.combinations(RECIPE['MODALITIES'], count)]
+
+
+def main(folder, output, part=None):
+    """Run one part, or all of them and then pack the weights; return the scores, or the folder of the weights."""
+    df = utils.makeFileList(folder)
+    if part == 'curve':
+        return _drawCurve(df, Path(output))
+    if part is not None:
+        return _runPart(df, Path(output), part)
+    scores = pd.concat([_runPart(df, Path(output), part) for part in range(FOLDS)], ignore_index=True)
+    whole = scores[scores['modalities'] == ' '.join(RECIPE['MODALITIES'])]
+    print(summarize(scores).to_string())
+    file, folder = _runPart(df, Path(output), 'all'), Path(output, 'glioma')
+    with train.configured(RECIPE):
+        deploy.packModel(file, folder, df, half=True)
+        deploy.exportOnnx(folder)
+        deploy.quantizeOnnx(folder, df)
+    about = readAbout(folder, ())
+    del about['files']['1/model.onnx']  # float32, which the predictor does not need beside the integers
+    writeAbout(folder, about)
+    Path(folder, '1', 'model.onnx').unlink()
+    text = (
+        f'{len(df)} patients in {FOLDS} folds, each predicted by a network of the same recipe that was not trained on '
+        'it. By the rules of BraTS 2020 for whole volumes; low, high: interval of the mean.\n\n'
+        f'{tabulate(whole.drop(columns=["fold", "modalities"]))}\n\nMade by `python -m benchmarks.weights` from '
+        f'{", ".join(map(str, df.index))}. **For research and teaching, not for clinical use.**'
+    )
+    card = folder / 'README.md'
+    card.write_text(card.read_text().replace('Not measured.', text))
+    return folder
+
+
+def _runPart(df, output, part):
+    """Train one part; return the scores of the patients of a fold, or the path of the weights of all patients."""
+    with train.configured({**RECIPE, 'OUTPUT_FOLDER': str(output / str(part)), 'TIME_BUDGET': None}):
+        if part == 'all':
+            return train.trainModel(df)
+        tested = df.iloc[part::FOLDS]
+        model = utils.loadModel(train.trainModel(df.drop(tested.index)))
+        files = {subset: output / str(part) / f'{"-".join(subset)}.csv' for subset in SUBSETS}
+        return pd.concat([_score(tested, model, *each) for each in files.items()]).assign(fold=part)
+
+
+def _score(df, model, subset, file):
+    """Return the scores of patients of whom only some modalities are there, and keep them in a file."""
+    if not file.exists():
+        lacking = df.copy()
+        lacking[[name for name in RECIPE['MODALITIES'] if name not in subset]] = None
+        scores = {}
+        for patient, (_, y, yhat) in engine.predictAll(lacking, model):
+            scores[patient] = metrics.scorePatient(y, yhat)
+        with writeAtomically(file) as temporary:
+            metrics.scoreTable(scores).to_csv(temporary, index=False)
+    return pd.read_csv(file).assign(modalities=' '.join(subset))
+
+
+def _drawCurve(df, output):
+    """Return the learning curves with and without a start from the weights of fold 0, and write them and their figure.
+
+    The patients of fold 0 are scored; the smaller sets of training patients are part of the larger ones.
+    """
+    tested, folder, rows = df.iloc[::FOLDS], output / 'curve', []
+    if not (folder / 'start').exists():
+        with train.configured({**RECIPE, 'OUTPUT_FOLDER': str(output / '0')}):
+            deploy.packModel(config.RESULT_CHECKPOINT, folder / 'start')
+    for size, seed, name in itertools.product(CURVE['sizes'], range(CURVE['seeds']), ('random', 'glioma')):
+        chosen = df.drop(tested.index).sample(frac=1, random_state=seed)[:size].sort_index()
+        place = folder / f'{name}-{size}-{seed}'
+        values = {'SEED': seed, 'STEPS': CURVE['STEPS'], 'OUTPUT_FOLDER': str(place), 'TIME_BUDGET': None}
+        values['START'] = str(folder / 'start') if name == 'glioma' else None
+        with train.configured({**RECIPE, **values}):
+            if not (place / 'scores.csv').exists():
+                _score(tested, utils.loadModel(train.trainModel(chosen)), SUBSETS[0], place / 'scores.csv')
+                Path(config.TRAIN_FILE).unlink()
+        scores = pd.read_csv(place / 'scores.csv')
+        scores = scores[scores['region'].isin(config.MAIN_REGIONS)]
+        rows.append(scores.assign(recipe=name, patients=size, seed=seed, fold=0))
+    table = metrics.fitLearningCurve(pd.concat(rows))
+    pictures.plotLearningCurve(table).savefig(folder / 'curve.png', dpi=120)
+    print(table.round(3).to_string())
+    return table
+
+
+def summarize(scores):
+    """Return the mean Dice and HD95 (mm) over patients of WT, TC and ET for each subset of the modalities."""
+    means = (
+        scores[scores['region'].isin(config.MAIN_REGIONS)].groupby(['modalities', 'region'])[['dice', 'hd95']].mean()
+    )
+    return means.unstack('region').loc[[' '.join(subset) for subset in SUBSETS]].round(3)
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:3], *(int(part) if part.isdigit() else part for part in sys.argv[3:]))
