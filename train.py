@@ -9,16 +9,23 @@ Each NAME is a setting of `config`, its value a Python literal.
 import ast
 import contextlib
 import difflib
+import itertools
+import json
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import shutil
 import sys
+import time
 import traceback
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm.auto import tqdm
@@ -28,11 +35,16 @@ import checkpoints
 import config
 import deploy
 import engine
+import metrics
+import pictures
 import ranks
+import report
+from atomic import writeAtomically
 from dataset import BRATSDataset
 from patients import cohort
-from patients.reading import makeFileList
+from patients.reading import makeFileList, spacingOf
 from preprocess import makeDataset
+from provenance import checksums, describe
 from transforms import makeTransforms
 
 # not copied to a member: they follow from its own OUTPUT_FOLDER
@@ -57,6 +69,9 @@ def trainModel(traindf, valdf=None, tell=print):
     Raises:
         ValueError: bad data, as in `preprocess.makeDataset`; or `config.OUTPUT_FOLDER` has a run on other data.
     """
+    torch.manual_seed(config.SEED)
+    model, criterion = engine.makeModel(), engine.makeCriterion()
+    deploy.startFrom(model)  # before hours are spent on patches
     with ranks.firstBeforeOthers():
         numTrain = makeDataset(traindf, config.TRAIN_FILE)
         numVal = 0 if valdf is None or valdf.empty else makeDataset(valdf, config.VAL_FILE)
@@ -64,9 +79,6 @@ def trainModel(traindf, valdf=None, tell=print):
     valSet = BRATSDataset(config.VAL_FILE, numVal, raw=True) if numVal else None
     trainLoader, valLoader = _makeLoader(trainSet, True), _makeLoader(valSet, False) if valSet else None
     kind = torch.device(config.DEVICE).type
-    torch.manual_seed(config.SEED)
-    model, criterion = engine.makeModel(), engine.makeCriterion()
-    deploy.startFrom(model)
     shared = ranks.share(model, criterion)
     optimizer = torch.optim.Adam(model.parameters(), config.LEARN_RATE, weight_decay=config.WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(kind, enabled=engine.precision(kind) is torch.float16)
@@ -153,18 +165,30 @@ def trainMembers(df, members, devices=None):
     for member, (name, values) in zip(members, list(jobs.items()), strict=True):
         isFold = 'fold' in member
         jobs[name] = values, (cohort.splitFolds(df, member['of'])[member['fold']][0], None) if isFold else sets[:2]
+    _runAll(trainModel, jobs, devices, 'members')
+    return [_resultOf(values) for values, _ in jobs.values()]
+
+
+def _runAll(work, jobs, devices, what):
+    """Run jobs on the devices; raise a RuntimeError that names those that failed, when all others are complete.
+
+    Args:
+        work: function of a module that is called as `work(*arguments, tell)`, under the values of a job.
+        jobs: dict of name -> (values of `config`, arguments).
+        devices: as in `trainMembers`.
+        what: what the jobs are called in the message.
+    """
     if devices is None:
         isMany = config.DEVICE == 'cuda' and torch.cuda.device_count() > 1
         devices = [f'cuda:{number}' for number in range(torch.cuda.device_count())] if isMany else [config.DEVICE]
     run = _runHere if len(devices) == 1 else _runOnDevices
-    failed = run(jobs, list(devices))
+    failed = run(work, jobs, list(devices))
     if failed:
         reasons = '\n'.join(f'{name}: {reason}' for name, reason in failed.items())
         raise RuntimeError(
-            f'{len(failed)} of {len(jobs)} members failed; the others are complete. Call again to resume those that '
+            f'{len(failed)} of {len(jobs)} {what} failed; the others are complete. Call again to resume those that '
             f'failed.\n{reasons}'
         )
-    return [_resultOf(values) for values, _ in jobs.values()]
 
 
 def _resultOf(values):
@@ -195,8 +219,13 @@ def _valuesOf(member, name):
             f'The member {name} sets {", ".join(fixed)}: set it in config or by devices=, for all members.'
         )
     checkNames(own)
-    values = {name: value for name, value in vars(config).items() if name.isupper() and name not in (*_OWN, '_FOUND')}
-    return values | {'OUTPUT_FOLDER': str(Path(config.OUTPUT_FOLDER, name))} | own
+    return _configWith({'OUTPUT_FOLDER': str(Path(config.OUTPUT_FOLDER, name)), **own})
+
+
+def _configWith(values):
+    """Return all values of `config`, with some changed, for a process that trains in a folder of its own."""
+    known = {name: value for name, value in vars(config).items() if name.isupper() and name not in (*_OWN, '_FOUND')}
+    return known | values
 
 
 def checkNames(names):
@@ -208,19 +237,14 @@ def checkNames(names):
             raise ValueError(f'config has no {name}; the nearest names are {", ".join(nearest) or "none"}.')
 
 
-def _runHere(jobs, devices):
-    """Train the members one after the other in this process; return name -> error text of those that failed.
-
-    Args:
-        jobs: dict of name -> (values of `config`, (traindf, valdf)).
-        devices: list of one device.
-    """
+def _runHere(work, jobs, devices):
+    """Run the jobs of `_runAll` one after the other in this process; return name -> error text of those that failed."""
     failed, screen = {}, sys.stdout
-    for number, (name, (values, sets)) in enumerate(jobs.items()):
+    for number, (name, (values, arguments)) in enumerate(tqdm(jobs.items(), unit='training')):
         with configured(values | {'DEVICE': devices[0], 'TIME_BUDGET': _shareOfTime(len(jobs) - number)}):
             try:
-                _trainMember(sets, lambda text, name=name: print(f'{name}: {text}', file=screen))
-            except Exception as error:  # of any kind: the other members are still trained
+                _runLogged(work, arguments, lambda text, name=name: print(f'{name}: {text}', file=screen))
+            except Exception as error:  # of any kind: the other jobs are still run
                 failed[name] = f'{type(error).__name__}: {error}'
     return failed
 
@@ -237,6 +261,8 @@ def _shareOfTime(numMembers):
 def configured(values):
     """Set values of `config` for a block, and restore all values at its end."""
     before = dict(vars(config))
+    for name in _OWN if 'OUTPUT_FOLDER' in values else ():  # they follow from the folder
+        vars(config).pop(name, None)
     vars(config).update(values)
     try:
         yield
@@ -245,20 +271,20 @@ def configured(values):
         vars(config).update(before)
 
 
-def _trainMember(sets, tell):
-    """Train one member, and append its output to `log.txt` in its folder."""
+def _runLogged(work, arguments, tell):
+    """Run one job, and append its output to `log.txt` in its folder."""
     file = Path(config.OUTPUT_FOLDER, 'log.txt')
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, 'a', buffering=1) as log, contextlib.redirect_stdout(log):
         try:
-            trainModel(*sets, lambda text: (print(text), tell(text)))
+            work(*arguments, lambda text: (print(text), tell(text)))
         except Exception:
             traceback.print_exc(file=log)
             raise
 
 
-def _runOnDevices(jobs, devices):
-    """Train each member in a process of its own on the next free device; return what `_runHere` returns."""
+def _runOnDevices(work, jobs, devices):
+    """Run each job in a process of its own on the next free device; return what `_runHere` returns."""
     context = multiprocessing.get_context('spawn')  # a forked process could not use the GPU
     waiting, free, running, failed = list(jobs), list(devices), {}, {}
     bars = {name: tqdm(desc=name, position=at) for at, name in enumerate(jobs)}
@@ -267,13 +293,13 @@ def _runOnDevices(jobs, devices):
         while waiting or running:
             while waiting and free:
                 name, device = waiting.pop(0), free.pop(0)
-                values, sets = jobs[name]
+                values, own = jobs[name]
                 # a pipe for each: a process that is killed while it writes would block a queue that all share
                 messages, end = context.Pipe(duplex=False)
-                # members that are still to be trained on this device, this one included
+                # jobs that are still to be run on this device, this one included
                 numLeft = math.ceil((len(waiting) + 1) / len(devices))
-                own = {'DEVICE': device, 'TIME_BUDGET': _shareOfTime(numLeft)}
-                arguments = values | own, sets, numThreads, engine.hoursUsed(), end
+                values = values | {'DEVICE': device, 'TIME_BUDGET': _shareOfTime(numLeft)}
+                arguments = values, work, own, numThreads, engine.hoursUsed(), end
                 process = context.Process(target=_runMember, args=arguments)
                 process.start()
                 end.close()
@@ -310,8 +336,8 @@ def _show(bar, state, text):
         bar.set_postfix_str(f'failed: {text.splitlines()[0][:60]}')
 
 
-def _runMember(values, sets, numThreads, hoursUsed, messages):
-    """Train one member in this new process, and send ('epoch' or 'failed', text) through a pipe.
+def _runMember(values, work, arguments, numThreads, hoursUsed, messages):
+    """Run one job in this new process, and send ('epoch' or 'failed', text) through a pipe.
 
     Args:
         hoursUsed: hours that the parent process had used at the start, part of `config.TIME_BUDGET`.
@@ -325,9 +351,179 @@ def _runMember(values, sets, numThreads, hoursUsed, messages):
         torch.cuda.set_device(config.DEVICE)
     try:
         with open(os.devnull, 'w') as nowhere, contextlib.redirect_stderr(nowhere):  # their bars would mix
-            _trainMember(sets, lambda text: messages.send(('epoch', text)))
+            _runLogged(work, arguments, lambda text: messages.send(('epoch', text)))
     except Exception as error:
         messages.send(('failed', f'{type(error).__name__}: {error}'))
+
+
+# Comparison
+
+
+def compare(df, recipes, folds=4, seeds=3, steps=None, minutes=None, output=None, devices=None):
+    """Train several recipes on the same patients, and return whether another one is better than the first.
+
+    Each recipe is trained in each fold with each seed, and scored on the whole patients of the fold, which it has not
+    seen. All recipes have the same folds and seeds. Patches are cut once for recipes that cut the same. A stopped
+    comparison goes on where it was, and trainings that have ended are not repeated.
+
+    The folder `output` gets `scores.csv` (a row for each training, patient and region), `comparison.csv` (the table
+    below), `comparison.png` and `comparison.html`, and the folders of the trainings.
+
+    Args:
+        df: file list.
+        recipes: dict of name -> dict of `config` values, two or more. An empty dict is `config` as it is.
+        folds: number of folds, as in `utils.splitFolds`.
+        seeds: how often each fold is trained, with `config.SEED` and the numbers after it.
+        steps, minutes: length of each training, in batches or minutes. None: `config.STEPS` or `config.EPOCHS`.
+            Trainings of so many minutes are fair if nothing else runs on the machine.
+        output: folder; None: `comparison` in `config.OUTPUT_FOLDER`.
+        devices: as in `trainMembers`.
+
+    Returns:
+        DataFrame of `metrics.compareRecipes`.
+
+    Raises:
+        ValueError: fewer than two recipes, or two alike; a number that `config` does not have; fewer subjects than
+            folds; the folder has a recipe of the same name with other numbers or patients; or bad data.
+        RuntimeError: trainings failed; they are named with their errors. The others are complete.
+    """
+    if len(recipes) < 2:
+        raise ValueError(f'{len(recipes)} recipes were given; two or more were expected.')
+    output = Path(output or Path(config.OUTPUT_FOLDER, 'comparison'))
+    scores = _scoreRecipes(df, recipes, [None], folds, seeds, steps, minutes, output, devices)
+    table = metrics.compareRecipes(scores.drop(columns='patients'))
+    _writeResults(output, 'comparison', scores, table, pictures.plotRecipes(scores))
+    return table
+
+
+def learningCurve(
+    df, sizes=(2, 4, 8, 16), recipes=None, folds=4, seeds=3, steps=None, minutes=None, output=None, devices=None
+):
+    """Train on more and more patients, and return what more of them bring.
+
+    Args:
+        df: file list.
+        sizes: numbers of patients to train on. In each fold and seed the smaller sets are part of the larger ones.
+        recipes: as in `compare`, one or more; None: `config` as it is, as `default`.
+        folds, seeds, steps, minutes, devices: as in `compare`.
+        output: folder, as in `compare`; None: `learningCurve` in `config.OUTPUT_FOLDER`. The files are called
+            `learningCurve` in place of `comparison`.
+
+    Returns:
+        DataFrame of `metrics.fitLearningCurve`.
+
+    Raises:
+        ValueError, RuntimeError: as in `compare`; or a fold has fewer patients to train on than the largest size.
+    """
+    recipes = {'default': {}} if recipes is None else recipes
+    output = Path(output or Path(config.OUTPUT_FOLDER, 'learningCurve'))
+    scores = _scoreRecipes(df, recipes, sorted(sizes), folds, seeds, steps, minutes, output, devices)
+    table = metrics.fitLearningCurve(scores)
+    _writeResults(output, 'learningCurve', scores, table, pictures.plotLearningCurve(table))
+    return table
+
+
+def _scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devices):
+    """Return the scores of all trainings of a comparison, with the columns recipe, patients, fold and seed."""
+    if steps is not None and minutes is not None:
+        raise ValueError('Both steps and minutes were given; one of them was expected.')
+    length = {'STEPS': steps} if steps else {'STEPS': None, 'EPOCHS': 10**6} if minutes else {}
+    for name, recipe in recipes.items():
+        checkNames(recipe)
+        if fixed := sorted({'DEVICE', 'OUTPUT_FOLDER', 'TIME_BUDGET', 'SEED', *_OWN} & recipe.keys()):
+            raise ValueError(f'The recipe {name} sets {", ".join(fixed)}, which the comparison sets.')
+    values = {name: _configWith({**recipe, **length}) for name, recipe in recipes.items()}
+    for (one, its), (other, own) in itertools.combinations(values.items(), 2):
+        if its == own or _nameOf({'recipe': one}) == _nameOf({'recipe': other}):
+            raise ValueError(f'The recipes {one} and {other} are alike, or have nearly the same name.')
+        if its['NO_CLASSES'] != own['NO_CLASSES']:
+            raise ValueError(f'The recipes {one} and {other} have other classes: their scores cannot be compared.')
+    sets = cohort.splitFolds(df, folds)
+    if min(len(traindf) for traindf, _ in sets) < (sizes[-1] or 1):
+        raise ValueError(f'A fold has {min(len(part) for part, _ in sets)} patients to train on, not {sizes[-1]}.')
+    for name in recipes:
+        with configured(values[name]):
+            if seen := cohort.seenByStart(df):
+                raise ValueError(f'{name}: config.START was trained on {", ".join(seen[:5])}, who are to be tested on.')
+            rest = {str(patient): checksums(paths) for patient, paths in df.sort_index().iterrows()}
+        rest = {'folds': folds, 'minutes': minutes, 'patients': rest}
+        _checkRecipe(output / _nameOf({'recipe': name}), {**values[name], **rest})
+    rows = []
+    for seed in range(config.SEED, config.SEED + seeds):
+        jobs = {}
+        for (fold, (traindf, testdf)), size, name in itertools.product(enumerate(sets), sizes, recipes):
+            order = np.random.default_rng([seed, fold]).permutation(len(traindf))
+            traindf = traindf.iloc[sorted(order[:size])]
+            place = {'recipe': name, 'patients': len(traindf), 'fold': fold, 'seed': seed}
+            folder = output / _nameOf({'recipe': name}) / _nameOf(place)
+            own = {**values[name], 'SEED': seed, 'OUTPUT_FOLDER': str(folder)}
+            jobs[folder.name] = place, own, (traindf, testdf, minutes)
+        _runSeed({name: job[1:] for name, job in jobs.items()}, output / 'patches', devices)
+        for place, own, _ in jobs.values():
+            scores = pd.read_csv(Path(own['OUTPUT_FOLDER'], 'scores.csv'), dtype={'patient': str})
+            rows.append(scores.assign(**place))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _checkRecipe(folder, values):
+    """Write the numbers of a recipe into its folder; raise a ValueError if others are there."""
+    others = r'DEVICE|TIME_BUDGET|CONFIDENCE|.*_(FOLDER|WORKERS|BATCH|PATCHES|RESAMPLES|FRACTION)|(QUALITY|DEMO)_.*'
+    own = {name: value for name, value in values.items() if not re.fullmatch(others, name)}
+    own, file = json.loads(json.dumps(own, default=str)), folder / 'recipe.json'
+    if file.exists():
+        found = json.loads(file.read_text())
+        if other := [name for name in own if name in found and found[name] != own[name]]:
+            raise ValueError(
+                f'{folder} was begun with other numbers: {", ".join(other[:5])}. Name the recipe otherwise, or choose '
+                'another output.'
+            )
+    with writeAtomically(file) as temporary:
+        temporary.write_text(json.dumps(own, indent=1))
+
+
+def _runSeed(jobs, folder, devices):
+    """Run the trainings of one seed that have no scores yet; patches are cut before, and deleted at the end."""
+    left = {name: job for name, job in jobs.items() if not Path(job[0]['OUTPUT_FOLDER'], 'scores.csv').exists()}
+    for values, (traindf, _, _) in left.values():
+        with configured(values):
+            cut = json.dumps([describe(traindf), [str(patient) for patient in traindf.index]])
+            values['TRAIN_FILE'] = str(folder / f'{zlib.crc32(cut.encode()):08x}.h5')
+            makeDataset(traindf, values['TRAIN_FILE'])
+    with configured({'TIME_BUDGET': None}):  # a short session must not shorten some of the trainings
+        _runAll(_trainAndScore, left, devices, 'trainings')
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _trainAndScore(traindf, testdf, minutes, tell):
+    """Train on patients, and write the scores of others to `scores.csv` in `config.OUTPUT_FOLDER`."""
+    if minutes is not None:
+        config.TIME_BUDGET = engine.hoursUsed() + minutes / 60
+    begin = time.monotonic()
+    result = trainModel(traindf, None, tell)
+    seconds = time.monotonic() - begin
+    schedule = checkpoints.readCheckpoint(result)['scheduler']
+    numSteps, perEpoch = schedule['last_epoch'], schedule.get('stepsPerEpoch')
+    if minutes is not None and perEpoch and numSteps < perEpoch:
+        raise ValueError(f'{minutes} minutes are {numSteps} batches, and an epoch has {perEpoch}: give more minutes.')
+    scores = {}
+    for patient, (_, y, yhat) in engine.predictAll(testdf, checkpoints.loadModel(result)):
+        scores[patient] = metrics.scorePatient(y, yhat, spacingOf(testdf.loc[patient]))
+    table = metrics.scoreTable(scores)[['patient', 'region', 'dice', 'hd95']]
+    table = table[table['region'].isin(config.MAIN_REGIONS)]
+    with writeAtomically(Path(config.OUTPUT_FOLDER, 'scores.csv')) as temporary:
+        table.assign(epochs=len(checkpoints.readHistory()), seconds=round(seconds)).to_csv(temporary, index=False)
+    for file in {config.LAST_CHECKPOINT, config.BEST_CHECKPOINT}:  # of many trainings they would fill the disk
+        Path(file).unlink(missing_ok=True)
+
+
+def _writeResults(output, name, scores, table, figure):
+    """Write the scores, the table, the figure and the page of a comparison or learning curve."""
+    for file, each in (('scores.csv', scores), (f'{name}.csv', table.reset_index())):
+        with writeAtomically(output / file) as temporary:
+            each.to_csv(temporary, index=False)
+    with writeAtomically(output / f'{name}.png') as temporary:
+        figure.savefig(temporary, format='png', dpi=120)
+    report.writeTable(output / f'{name}.html', table, figure)
 
 
 # The script

@@ -1,6 +1,6 @@
 """Score a segmentation: voxels, surface distances, lesions, patients."""
 
-from metrics.comparison import compare, pairScores
+from metrics.comparison import compare, compareRecipes, fitLearningCurve, pairScores
 from metrics.counts import confusionMatrix, countClasses, countsFromConfusion
 from metrics.distances import hausdorff95, surfaceDice
 from metrics.lesions import labelComponents, matchLesions, scoreLesions
@@ -9,10 +9,12 @@ from metrics.scores import compareAverages, computeMetrics, scorePatient, scoreT
 __all__ = [
     'compare',
     'compareAverages',
+    'compareRecipes',
     'computeMetrics',
     'confusionMatrix',
     'countClasses',
     'countsFromConfusion',
+    'fitLearningCurve',
     'hausdorff95',
     'labelComponents',
     'matchLesions',

@@ -1,15 +1,18 @@
-"""Compare two tables of scores patient by patient: is B better than A?"""
+"""Compare tables of scores patient by patient, and recipes training by training: is B better than A?"""
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+import config
 from metrics.scores import bootstrapMean
 
 _HIGHER = ('dice', 'sensitivity', 'specificity', 'precision', 'f1', 'pq', 'found')  # and each NSD: higher is better
 _LOWER = ('hd95', 'missed', 'falsePositive')
 _SAME = 1e-9  # scores that differ by less are equal: it is rounding
 _SAME_VOLUME = 1e-6  # ml; true volumes that differ by more are those of different truths
+_POWER = 0.8  # chance to show a difference that is there
+_MOST_PATIENTS = 10_000  # no data set of gliomas has more
 _MOST_NAMED = 5  # patients or regions in an error message
 
 
@@ -81,6 +84,127 @@ def _compareScore(a, b, direction):
     row = {'betterIf': direction, 'mean': mean, 'median': median, 'low': low, 'high': high}
     row |= {'better': better, 'worse': worse, 'equal': int((gain == 0).sum()), 'p': p}
     return row | {'patients': len(differences), 'unscored': int(isUnscored.sum())}
+
+
+def compareRecipes(scores):
+    """Return how recipes compare that were trained in the same folds with the same seeds: is one better than the first?
+
+    The standard error of a difference counts both that other patients would score otherwise and that another training
+    would: it is clustered by patient and by training (fold and seed), and never smaller than by either alone. The
+    interval is that of Student's t, with the degrees of freedom of whichever are fewer, patients or trainings.
+
+    Args:
+        scores: DataFrame with a row for each recipe, fold, seed, patient and region, and the columns `dice` and
+            `hd95` (mm).
+
+    Returns:
+        DataFrame indexed by `recipe`, in the order of `scores`, with the columns
+        - `dice WT`, ..., `hd95 WT`, ...: means over patients and seeds;
+        - `mean`: mean Dice of the regions; `noise`: its standard deviation between seeds, NaN with one seed;
+        - `difference`: of `mean` from the first recipe's, with its standard error `error` and the interval `low` to
+          `high` at the level `config.CONFIDENCE`; NaN for the first recipe, and the last three with a single training;
+        - `smallest`: the difference that so many patients and trainings would show four times in five;
+        - `hd95 difference`, `hd95 error`: the same of the mean HD95 of the regions, in mm;
+        - `verdict`: in words.
+
+    Raises:
+        ValueError: a recipe lacks patients, folds, seeds or regions of the first.
+
+    Reference:
+        Cameron, Gelbach and Miller, Robust inference with multiway clustering, Journal of Business & Economic
+        Statistics 29 (2011).
+    """
+    names, level = list(scores['recipe'].unique()), (1 + config.CONFIDENCE) / 2
+    units = ['fold', 'seed', 'patient', 'region']
+    wide = scores.pivot(index=units, columns='recipe', values=['dice', 'hd95'])
+    if bad := [name for name in names if wide['dice'][name].isna().any()]:
+        raise ValueError(f'{", ".join(bad)}: not the patients, folds, seeds and regions of the other recipes.')
+    regions, rows = scores['region'].unique(), {}
+    for name in names:
+        own = {score: wide[score][name].groupby('region').mean()[regions] for score in ('dice', 'hd95')}
+        rows[name] = {f'{score} {region}': values[region] for score, values in own.items() for region in regions}
+        rows[name] |= {'mean': own['dice'].mean(), 'noise': wide['dice'][name].groupby('seed').mean().std()}
+        if name == names[0]:
+            continue
+        changed = (wide.xs(name, axis=1, level=1) - wide.xs(names[0], axis=1, level=1)).groupby(units[:3]).mean()
+        gain, farther = changed['dice'], changed['hd95']
+        error, freedom, share = _clusteredError(gain)
+        low, high = gain.mean() + np.array([-1, 1]) * stats.t.ppf(level, freedom) * error
+        smallest = (stats.t.ppf(level, freedom) + stats.t.ppf(_POWER, freedom)) * error
+        rows[name] |= {'difference': gain.mean(), 'error': error, 'low': low, 'high': high, 'smallest': smallest}
+        rows[name] |= {'hd95 difference': farther.mean(), 'hd95 error': _clusteredError(farther)[0]}
+        numPatients = gain.index.get_level_values('patient').nunique()
+        rows[name]['verdict'] = _verdict(names[0], name, rows[name], numPatients, share)
+    table = pd.DataFrame.from_dict(rows, orient='index').rename_axis('recipe')
+    return table.fillna({'verdict': 'the others are compared with it'})
+
+
+def _clusteredError(values):
+    """Return the standard error of the mean of values indexed by fold, seed and patient; its degrees of freedom; and
+    the share of its square that more patients would not lower, as it comes from the trainings."""
+    left, variances, counts = values - values.mean(), [], []
+    for levels in (['patient'], ['fold', 'seed'], ['fold', 'seed', 'patient']):
+        sums = left.groupby(levels).sum()
+        counts.append(len(sums))
+        correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else np.nan
+        variances.append(correction * (sums**2).sum() / len(values) ** 2)
+    patient, training, both = variances
+    variance = np.max([patient, training, patient + training - both])
+    return np.sqrt(variance), min(counts) - 1, max(0, training - both) / variance if variance > 0 else 0
+
+
+def _verdict(first, name, row, numPatients, share):
+    """Return in words what `compareRecipes` found; `share` as `_clusteredError` returns it."""
+    if row['low'] > 0:
+        return f'{name} is better'
+    if row['high'] < 0:
+        return f'{first} is better'
+    if not np.isfinite(row['smallest']) or row['difference'] == 0:
+        return 'cannot be told'
+    allowed = (row['difference'] / row['smallest']) ** 2 - share  # of the variance, in times what it is
+    if allowed <= 0:
+        return 'cannot be told: more seeds would be needed'
+    needed = numPatients * (1 - share) / allowed
+    if needed > _MOST_PATIENTS:
+        return f'cannot be told: more than {_MOST_PATIENTS:,} patients would be needed'
+    return f'cannot be told: about {float(f"{needed:.2g}"):,.0f} patients would be needed'
+
+
+def fitLearningCurve(scores):
+    """Return the Dice of recipes by the number of training patients, with a power law that is fitted to it.
+
+    The law is 1 - Dice = a n^-b for n patients, fitted by least squares of the logarithms. The intervals are those of a
+    percentile bootstrap over the patients that were scored, as in `summarize`. They do not count that another training
+    would end otherwise.
+
+    Args:
+        scores: DataFrame as in `compareRecipes`, with a column `patients`, the number of training patients.
+
+    Returns:
+        DataFrame indexed by `recipe` and `patients`, with one row more for twice the largest number, and the columns
+        `mean` (of the Dice over regions, patients and seeds), `low`, `high` (its interval), `fitted`, `fittedLow`,
+        `fittedHigh` (of the law; NaN with a single number of patients). Mean and interval of the last row are NaN.
+    """
+    rows, ends = {}, [(1 - config.CONFIDENCE) / 2, (1 + config.CONFIDENCE) / 2]
+    for name, part in scores.groupby('recipe', sort=False):
+        values = part.pivot_table(index='patient', columns='patients', values='dice')  # means over regions and seeds
+        sizes = values.columns.to_numpy(float)
+        more = np.append(sizes, 2 * sizes[-1])
+        draw = np.random.default_rng(config.SEED).integers
+        drawn = draw(len(values), size=(config.BOOTSTRAP_RESAMPLES, len(values)))
+        drawn[0] = range(len(values))  # the patients themselves
+        means = values.to_numpy()[drawn].mean(1)
+        fitted = np.full((len(means), len(more)), np.nan)
+        if len(sizes) > 1:
+            slope, start = np.polyfit(np.log(sizes), np.log(np.maximum(1 - means.T, _SAME)), 1)
+            fitted = 1 - np.exp(start[:, None] + slope[:, None] * np.log(more))
+        means = np.pad(means, [(0, 0), (0, 1)], constant_values=np.nan)
+        columns = [each for own in (means, fitted) for each in (own[0], *np.quantile(own, ends, axis=0))]
+        rows |= {(name, int(size)): row for size, row in zip(more, np.transpose(columns), strict=True)}
+    columns = ['mean', 'low', 'high', 'fitted', 'fittedLow', 'fittedHigh']
+    table = pd.DataFrame.from_dict(rows, orient='index', columns=columns)
+    table.index = pd.MultiIndex.from_tuples(rows, names=['recipe', 'patients'])
+    return table
 
 
 def subtract(a, b):

@@ -3,7 +3,7 @@
 from pictures.calibration import countCalibration, plotCalibration
 from pictures.charts import plotCohort, plotConfusion, plotCurves, plotVolumes
 from pictures.gifs import makeGifs
-from pictures.scores import plotComparison, plotQuality, plotScores
+from pictures.scores import plotComparison, plotLearningCurve, plotQuality, plotRecipes, plotScores
 from pictures.slices import plotCases, plotModalities, plotPlanes, plotPrediction, plotSample, plotTransforms
 from pictures.viewer import viewPatient
 
@@ -16,10 +16,12 @@ __all__ = [
     'plotComparison',
     'plotConfusion',
     'plotCurves',
+    'plotLearningCurve',
     'plotModalities',
     'plotPlanes',
     'plotPrediction',
     'plotQuality',
+    'plotRecipes',
     'plotSample',
     'plotScores',
     'plotTransforms',

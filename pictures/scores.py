@@ -1,13 +1,14 @@
-"""Draw the scores of patients, how those of two models differ, and estimates of them. A dot is a patient."""
+"""Draw the scores of patients, how those of models and recipes differ, and estimates of them. A dot is a patient."""
 
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 import config
-from metrics import compare, pairScores, summarize
+from metrics import compare, compareRecipes, pairScores, summarize
 from metrics.comparison import subtract
 from metrics.rules import RULES
+from metrics.scores import bootstrapMean
 from pictures.dots import BLUE, GREY, ORANGE, drawDots, makeDot, scaleAxis, spreadDots
 from pictures.figure import BELOW, countText, newFigure, requireColumns
 from postprocess.quality import summarizeQuality
@@ -220,6 +221,82 @@ def _drawMean(panel, place, row):
     digits = 3 if row.name[1] == 'dice' else 1
     mean, low, high = (f'{row[name]:+.{digits}f}' for name in ('mean', 'low', 'high'))
     return f'mean {mean}\n{low} to {high}\n{counts}\np = {row["p"]:.2g}'
+
+
+def plotRecipes(scores):
+    """Draw the Dice of each patient by recipe, and its difference from the first recipe.
+
+    Args:
+        scores: DataFrame as in `metrics.compareRecipes`.
+
+    Returns:
+        matplotlib Figure. A dot is a patient, the mean over regions and seeds. Means, intervals and verdicts are those
+        of `metrics.compareRecipes`; the interval of a recipe's own mean is that over the patients.
+    """
+    table = compareRecipes(scores.drop(columns='patients', errors='ignore'))
+    patients = scores.pivot_table(index='patient', columns='recipe', values='dice', sort=False)[list(table.index)]
+    figure = newFigure(2.1 * max(2 * len(table) - 1, 3) + 1.5, 4.6)
+    left, right = figure.subplots(1, 2, width_ratios=[len(table), max(len(table) - 1, 1)])
+    mean, (low, high) = patients.mean(), bootstrapMean(patients.to_numpy())
+    _drawColumns(left, patients, mean, low, high, [f'{name}\nmean {mean[name]:.3f}' for name in table.index])
+    left.set(ylim=(-0.03, 1.03), ylabel='Dice (0 to 1; 1 is best)')
+    others = table.iloc[1:]
+    texts = []
+    for name, row in others.iterrows():
+        verdict = row['verdict'].replace(': ', ':\n')
+        texts.append(f'{name}\n{row["difference"]:+.3f} ({row["low"]:+.3f} to {row["high"]:+.3f})\n{verdict}')
+    gains = patients[others.index].sub(patients[table.index[0]], axis=0)
+    _drawColumns(right, gains, others['difference'], others['low'], others['high'], texts)
+    right.axhline(0, color='#444444', linewidth=1)
+    right.set_ylabel(f'Dice, difference from {table.index[0]}\n(up: better)')
+    handles = [makeDot(BLUE), Line2D([], [], color=ORANGE, marker='D', markersize=5)]
+    figure.legend(handles, ['a patient', f'mean and its {config.CONFIDENCE:.0%} interval'], ncols=2, **BELOW)
+    numRuns = scores.groupby(['fold', 'seed']).ngroups
+    figure.suptitle(f'{len(patients)} patients, {numRuns} trainings of each recipe', fontsize=11)
+    return figure
+
+
+def _drawColumns(panel, values, mean, low, high, labels):
+    """Draw a column of dots for each column of a table (patients, columns), and the mean and its interval beside it."""
+    for place, name in enumerate(values):
+        heights = values[name].to_numpy()
+        drawDots(panel, place + spreadDots((heights - heights.min()) / max(np.ptp(heights), 1e-9)), heights, BLUE)
+        middle = np.asarray(mean)[place]
+        reach = np.array([[middle - np.asarray(low)[place]], [np.asarray(high)[place] - middle]])
+        style = {'fmt': 'D', 'color': ORANGE, 'markersize': 5, 'capsize': 3, 'zorder': 4}
+        panel.errorbar(place + 0.42, middle, reach if np.isfinite(reach).all() else None, **style)
+    _finishPanel(panel, labels)
+
+
+def plotLearningCurve(table):
+    """Draw the Dice by the number of training patients, with the power law that is fitted to it.
+
+    Args:
+        table: DataFrame of `metrics.fitLearningCurve`.
+
+    Returns:
+        matplotlib Figure: for each recipe the means with their intervals, and the law with its interval as a band, up
+        to twice the patients.
+    """
+    figure = newFigure(6.5, 4.4)
+    panel = figure.subplots()
+    colors = [BLUE, ORANGE, '#009E73', '#CC79A7', GREY]
+    for number, (name, part) in enumerate(table.groupby('recipe', sort=False)):
+        part, color = part.droplevel('recipe'), colors[number % len(colors)]
+        own = part.dropna(subset='mean')
+        reach = [own['mean'] - own['low'], own['high'] - own['mean']]
+        panel.errorbar(own.index, own['mean'], reach, fmt='o', color=color, capsize=3, label=name)
+        panel.plot(part.index, part['fitted'], color=color, linestyle='--', linewidth=1)
+        panel.fill_between(part.index, part['fittedLow'], part['fittedHigh'], color=color, alpha=0.12, linewidth=0)
+    panel.set_xscale('log', base=2)
+    sizes = table.index.get_level_values('patients').unique().sort_values()
+    panel.set_xticks(sizes, [str(size) for size in sizes])
+    panel.set(xlabel='patients to train on', ylabel='Dice (0 to 1; 1 is best)')
+    panel.grid(axis='y', color='#E5E5E5', linewidth=0.7)
+    panel.spines[['top', 'right']].set_visible(False)
+    panel.legend(frameon=False)
+    figure.suptitle(f'Mean Dice and its {config.CONFIDENCE:.0%} interval; dashed: 1 - Dice = a n^-b', fontsize=10)
+    return figure
 
 
 def plotQuality(crossed):

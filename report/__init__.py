@@ -1,6 +1,6 @@
 """One offline page of a folder of segmentations."""
 
 from report.followup import compareScans, plotScans
-from report.report import writeReport
+from report.report import writeReport, writeTable
 
-__all__ = ['compareScans', 'plotScans', 'writeReport']
+__all__ = ['compareScans', 'plotScans', 'writeReport', 'writeTable']

@@ -4,6 +4,7 @@ import base64
 import datetime
 import functools
 import hashlib
+import html
 import io
 import json
 import re
@@ -90,6 +91,25 @@ def writeReport(folder, dataframe=None, file=None):
     with writeAtomically(file) as temporary:
         temporary.write_text(_render(content), encoding='utf-8')
     return file
+
+
+def writeTable(file, table, figure):
+    """Write one self-contained HTML page of a table and a figure, such as those of `train.compare`.
+
+    Args:
+        file: path to write.
+        table: DataFrame; its index is shown too, and its numbers with three digits.
+        figure: matplotlib Figure.
+    """
+    style = (_PAGE / 'report.css').read_text(encoding='utf-8')
+    rows = table.reset_index().to_html(index=False, na_rep='', float_format='{:.3f}'.format, border=0)
+    title = html.escape(Path(file).resolve().parent.name)
+    with writeAtomically(file) as temporary:
+        temporary.write_text(
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
+            f'<main><h1>{title}</h1><img src="{_toSvg(figure)}" alt="the table as a figure">{rows}</main></html>',
+            encoding='utf-8',
+        )
 
 
 def _placesOf(folder):

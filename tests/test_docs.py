@@ -78,8 +78,8 @@ def test_deploy_runsAsItIsWritten(home, monkeypatch):
     assert (found == names['yhat'].numpy()).mean() > 0.99
     exec(inTheBox, names)
     assert names['x'].shape[1] == 4 and names['yhat'].shape == names['x'][:, 0].shape
+    config.ENCODER_DEPTH = 5  # the default
     exec(start, {'config': config})
-    engine.makeModel()
     deploy.startFrom(engine.makeModel())
     assert (home / 'predictions' / 'BraTS2020_itksnap.txt').is_file()
 
@@ -107,6 +107,25 @@ def test_readme_runsAsItIsWritten(home, monkeypatch):
     plt.close('all')
     assert (home / 'BraTS20_Training_001.nii.gz').is_file() and (home / 'scores.png').is_file()
     assert sorted(set(names['table']['patient'])) == ids[1:]
+
+
+@pytest.mark.slow
+def test_experiments_runAsTheyAreWritten(home, capsys):
+    """Its blocks compare two losses, and train on more and more patients; both give a table and a page."""
+    phantom.makeCases('patients', 4, shape=(40, 40, 16))
+    config.PLANES, config.LOSS = ('axial',), 'dice+ce'
+    changed = [
+        ("'/where/brats/is'", "'patients'"),
+        ('steps=1500', 'folds=2, seeds=1, steps=2'),
+        ('(2, 4, 8, 16)', '(1, 2)'),
+    ]
+    names = {'__name__': '__main__'}
+    for block in blocksOf('docs/experiments.md'):
+        for old, new in changed:
+            block = block.replace(old, new)
+        exec(block, names)
+    assert 'verdict' in (shown := capsys.readouterr().out) and 'fittedHigh' in shown
+    assert len(list(Path(config.OUTPUT_FOLDER).glob('*/*.html'))) == 2
 
 
 def test_hardware_cutsTheTrainingPatientsInShards(home):

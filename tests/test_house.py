@@ -29,8 +29,9 @@ ROOMS = {
     'deploy': 'config atomic checkpoints engine metrics patients postprocess predictor provenance',
     'pictures': 'config atomic metrics patients transforms postprocess',
     'utils': '*',
-    'train': 'config batched checkpoints dataset deploy engine patients preprocess ranks transforms',
     'report': 'config atomic metrics patients pictures postprocess',
+    'train': 'config atomic batched checkpoints dataset deploy engine metrics patients pictures preprocess provenance '
+    'ranks report transforms',
     'benchmarks': '*',
 }
 FILES = sorted(

@@ -1,4 +1,6 @@
-"""Paired comparison of two tables of scores: numbers by hand and by scipy, and every refusal."""
+"""Paired comparison of tables of scores: numbers by hand and by scipy, and every refusal."""
+
+import re
 
 import numpy as np
 import pandas as pd
@@ -151,3 +153,90 @@ def test_compare_readsWhatWasWritten(tmp_path):
     a = makeScores(A, np.random.default_rng(0).random(4)).assign(patient=lambda table: table['patient'].str[1:])
     a.to_csv(tmp_path / 'scores.csv', index=False)
     assert (metrics.compare(a, pd.read_csv(tmp_path / 'scores.csv'))['equal'] == 4).all()
+
+
+# Recipes
+
+
+def tableOf(values, names=('a', 'b')):
+    """Return scores with the Dice values[recipe][seed][patient], of patients in two folds, for two regions."""
+    return pd.DataFrame(
+        [
+            {'recipe': names[recipe], 'fold': patient % 2, 'seed': seed, 'patient': f'P{patient:02}', 'region': region,
+             'dice': value, 'hd95': 10 * value}
+            for (recipe, seed, patient), value in np.ndenumerate(np.asarray(values))
+            for region in ('WT', 'ET')
+        ]
+    )  # fmt: skip
+
+
+def test_compareRecipes_errorIsThatOfThePatientsIfTrainingsDoNotMatter():
+    """With one seed and a fold for each patient, mean and error are those of the paired t test."""
+    generator = np.random.default_rng(0)
+    a, b = generator.uniform(0.5, 0.9, (2, 12))
+    scores = tableOf([[a], [b]]).assign(fold=lambda table: table['patient'])
+    row = metrics.compareRecipes(scores).loc['b']
+    expected = stats.ttest_rel(b, a)
+    assert row['difference'] == pytest.approx((b - a).mean())
+    assert row['difference'] / row['error'] == pytest.approx(expected.statistic)
+    assert (row['low'], row['high']) == pytest.approx(tuple(expected.confidence_interval(config.CONFIDENCE)))
+    assert row['hd95 difference'] == pytest.approx(10 * (b - a).mean())
+
+
+def test_compareRecipes_intervalHoldsTheTrueDifference():
+    """Patients differ, trainings differ, and nine or more of ten intervals hold the difference that was put in."""
+    generator, held = np.random.default_rng(1), 0
+    for _ in range(100):
+        patients, trainings = generator.normal(0, 0.03, 20), generator.normal(0, 0.02, (3, 2))
+        gain = 0.02 + patients + np.repeat(trainings[:, None], 10, axis=1).reshape(3, 20)
+        gain += generator.normal(0, 0.02, gain.shape)
+        base = generator.uniform(0.5, 0.8, (3, 20))
+        row = metrics.compareRecipes(tableOf([base, base + gain])).loc['b']
+        held += row['low'] <= 0.02 <= row['high']
+    assert 90 <= held <= 100
+
+
+@pytest.mark.parametrize(
+    ('gain', 'spread', 'words'),
+    [
+        (0.05, 0.01, 'b is better'),
+        (-0.05, 0.01, 'a is better'),
+        (0.0, 0.0, 'cannot be told'),
+        (0.004, 0.02, r'cannot be told: about [\d,]+ patients would be needed'),
+        (0.00001, 0.05, 'cannot be told: more than 10,000 patients would be needed'),
+    ],
+)
+def test_compareRecipes_saysWhatCanBeTold(gain, spread, words):
+    """A verdict only if the interval leaves 0 out; else how many patients would show the difference."""
+    gains = gain + spread * np.tile([1, -1, -1, 1], (3, 5))
+    base = np.full((3, 20), 0.7)
+    row = metrics.compareRecipes(tableOf([base, base + gains])).loc['b']
+    assert re.fullmatch(words, row['verdict'])
+    if 'about' in words:
+        found = int(re.search(r'[\d,]+', row['verdict'])[0].replace(',', ''))
+        assert found == pytest.approx(20 * (row['smallest'] / row['difference']) ** 2, rel=0.1)
+
+
+def test_compareRecipes_asksForSeedsIfTrainingsDiffer():
+    """If one seed gains and the other loses in all patients alike, more patients would show nothing."""
+    base = np.full((2, 20), 0.7)
+    gains = np.array([[0.05], [-0.04]]) + np.zeros((2, 20))
+    row = metrics.compareRecipes(tableOf([base, base + gains])).loc['b']
+    assert row['verdict'] == 'cannot be told: more seeds would be needed'
+
+
+def test_compareRecipes_refusesOtherPatients():
+    """A recipe that lacks a training is named."""
+    scores = tableOf(np.full((2, 3, 4), 0.7))
+    with pytest.raises(ValueError, match='b: not the patients, folds, seeds and regions of the other'):
+        metrics.compareRecipes(scores[(scores['recipe'] == 'a') | (scores['seed'] > 0)])
+
+
+def test_fitLearningCurve_findsThePowerLaw():
+    """1 - Dice = .5 n^-.3 is found, and goes on to twice the patients."""
+    parts = [tableOf([[[1 - 0.5 * size**-0.3] * 4]], ['a']).assign(patients=size) for size in (2, 4, 8)]
+    table = metrics.fitLearningCurve(pd.concat(parts))
+    assert list(table.index) == [('a', 2), ('a', 4), ('a', 8), ('a', 16)]
+    np.testing.assert_allclose(table['fitted'], 1 - 0.5 * np.array([2, 4, 8, 16.0]) ** -0.3)
+    np.testing.assert_allclose(table['mean'][:3], table['fitted'][:3])
+    np.testing.assert_allclose(table[['fittedLow', 'fittedHigh']], table[['fitted', 'fitted']])

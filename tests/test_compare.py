@@ -1,0 +1,119 @@
+"""Which recipe is better: all are trained alike, a stopped comparison goes on, and nothing is claimed without proof."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import config
+import deploy
+import engine
+import phantom
+import train
+import utils
+
+SMALL = {
+    'PATCH_SIZE': 32, 'PATCH_STRIDE': 24, 'BATCHSIZE': 8, 'ENCODER_NAME': 'resnet18', 'ENCODER_DEPTH': 3,
+    'DECODER_CHANNELS': (16, 8, 8), 'ENCODER_WEIGHTS': None, 'LOADER_WORKERS': 0, 'DEVICE': 'cpu',
+    'PLANES': ('axial',), 'PREPROCESS_WORKERS': 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def df(tmp_path):
+    """The file list of four phantoms, and small numbers of a training."""
+    phantom.makeCases(tmp_path / 'data', 4, shape=(40, 40, 16))
+    vars(config).update(SMALL, DATA_FOLDER=str(tmp_path / 'data'))
+    torch.set_num_threads(1)
+    return utils.makeFileList()
+
+
+@pytest.mark.slow
+def test_compare_trainsEachRecipeInEachFoldWithEachSeed(df, tmp_path, monkeypatch):
+    """Each patient is scored once a seed; a failed training is made up for, and nothing is trained twice."""
+    recipes, trained, real = {'rate': {}, 'slow': {'LEARN_RATE': 1e-5}}, [], train.trainModel
+
+    def trainModel(traindf, valdf, tell):
+        place = Path(config.OUTPUT_FOLDER).name
+        trained.append((place, config.SEED, config.LEARN_RATE, tuple(traindf.index)))
+        if len(trained) == 3:
+            raise OSError('the disk is full')
+        return real(traindf, valdf, tell)
+
+    monkeypatch.setattr(train, 'trainModel', trainModel)
+    before = dict(vars(config))
+    options = {'folds': 2, 'seeds': 2, 'steps': 3, 'output': tmp_path / 'out'}
+    with pytest.raises(RuntimeError, match=r'1 of 4 trainings failed; the others are complete(.|\n)*the disk is full'):
+        train.compare(df, recipes, **options)
+    table = train.compare(df, recipes, **options)
+    assert vars(config) == before
+    assert len(trained) == 2 * 2 * 2 + 1 and len(set(trained)) == 8
+    for seed in (0, 1):  # the same patients, in the same order of the work
+        sets = [{each for _, *its, each in trained if its == [seed, rate]} for rate in (config.LEARN_RATE, 1e-5)]
+        assert sets[0] == sets[1] and len(sets[0]) == 2
+    scores = pd.read_csv(tmp_path / 'out' / 'scores.csv')
+    assert len(scores) == 2 * 2 * 4 * 3 and not scores.duplicated(['recipe', 'seed', 'patient', 'region']).any()
+    assert list(table.index) == ['rate', 'slow']
+    names = {'comparison.csv', 'comparison.html', 'comparison.png', 'recipe-rate', 'recipe-slow', 'scores.csv'}
+    assert {file.name for file in (tmp_path / 'out').iterdir()} == names
+    monkeypatch.setattr(engine, 'train', None)
+    pd.testing.assert_frame_equal(train.compare(df, recipes, **options), table)
+    with pytest.raises(ValueError, match=r'recipe-slow was begun with other numbers: LEARN_RATE\. Name the recipe'):
+        train.compare(df, {**recipes, 'slow': {'LEARN_RATE': 1e-4}}, **options)
+
+
+@pytest.mark.slow
+def test_learningCurve_trainsOnNestedSets(df, tmp_path, monkeypatch):
+    """The smaller sets are part of the larger ones; all are scored on the same patients."""
+    seen, real = {}, train.trainModel
+
+    def trainModel(traindf, valdf, tell):
+        seen[Path(config.OUTPUT_FOLDER).name] = set(traindf.index)
+        return real(traindf, valdf, tell)
+
+    monkeypatch.setattr(train, 'trainModel', trainModel)
+    table = train.learningCurve(df, (1, 2), folds=2, seeds=1, steps=2, output=tmp_path / 'out')
+    assert list(table.index) == [('default', 1), ('default', 2), ('default', 4)]
+    for fold in (0, 1):
+        small, large = (seen[f'recipe-default_patients-{size}_fold-{fold}_seed-0'] for size in (1, 2))
+        assert len(small) == 1 and small < large
+    assert (tmp_path / 'out' / 'learningCurve.html').exists() and table['mean'].notna().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ('recipes', 'options', 'words'),
+    [
+        ({'a': {}}, {}, '1 recipes were given; two or more'),
+        ({'a': {}, 'b': {'EPOCHS': 20}}, {}, 'The recipes a and b are alike'),
+        ({'a': {}, 'b': {'LEARNRATE': 1}}, {}, 'config has no LEARNRATE; the nearest names are LEARN_RATE'),
+        ({'a': {}, 'b': {'SEED': 1}}, {}, 'The recipe b sets SEED'),
+        ({'a': {}, 'b': {'LEARN_RATE': 1e-5}}, {'folds': 5}, 'k is 5; 2 to 4'),
+        ({'a': {}, 'b': {'LEARN_RATE': 1e-5}}, {'steps': 3, 'minutes': 1}, 'Both steps and minutes'),
+        ({'a': {}, 'b': {'NO_CLASSES': 2}}, {}, 'The recipes a and b have other classes'),
+    ],
+)
+def test_compare_refusesBeforeAnythingIsTrained(df, recipes, options, words):
+    """Unclear recipes, too many folds and two lengths are told at once."""
+    config.EPOCHS = 20
+    with pytest.raises(ValueError, match=words):
+        train.compare(df, recipes, **options)
+
+
+@pytest.mark.slow
+def test_compare_endsWithTheMinutes(df, tmp_path):
+    """Few batches an epoch, and a time: each training ends, and too short a time is told."""
+    recipes, out = {'rate': {}, 'slow': {'LEARN_RATE': 1e-5}}, tmp_path / 'out'
+    vars(config).update(SCHEDULE='poly', AVERAGE=0.1)
+    table = train.compare(df, recipes, folds=2, seeds=1, minutes=0.05, output=out)
+    assert list(table.index) == ['rate', 'slow']
+    assert (pd.read_csv(out / 'scores.csv')['epochs'] > 1).all()
+
+
+def test_compare_refusesAStartThatSawThePatients(df, tmp_path):
+    """Weights that were trained on one of the patients would be tested on it."""
+    config.EPOCHS = 1
+    deploy.packModel(train.trainModel(df[1:2]), tmp_path / 'start', df)
+    recipes = {'random': {}, 'start': {'START': str(tmp_path / 'start')}}
+    with pytest.raises(ValueError, match=f'start: config.START was trained on {df.index[1]}, who are to be tested on'):
+        train.compare(df, recipes, folds=2)
