@@ -154,10 +154,10 @@ def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
 def prepare(paths, about):
     """Return a patient's id, its stretched image, float32 (D, C, W, H), and its brain mask, bool (D, W, H)."""
     images = _imagesOf(paths, about)
-    trained = [member['provenance']['settings'] for member in about['members']]
-    image, _ = readCase(images, about['modalities'], all(each.get('dropout') for each in trained))
+    image, _ = readCase(images, about['modalities'], mayLack(about))
     isBrain = maskFunction(image).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
-    warnOfUnfit(patientOf(paths), isBrain, spacingOf(images), trained[0].get('spacing'))
+    trained = about['members'][0]['provenance']['settings']
+    warnOfUnfit(patientOf(paths), isBrain, spacingOf(images), trained.get('spacing'))
     percentiles, outRange = about['stretching']
     channels = []
     for channel in image:
@@ -166,6 +166,11 @@ def prepare(paths, about):
         stretched = stretch(values, mask, *findLimits(values[mask], percentiles), outRange)
         channels.append(turnBack(stretched).transpose(2, 0, 1))
     return patientOf(paths), np.stack(channels, axis=1), isBrain
+
+
+def mayLack(about):
+    """Return whether modalities may be missing: in the training of each network of a model folder some were."""
+    return all(member['provenance']['settings'].get('dropout') for member in about['members'])
 
 
 def _imagesOf(paths, about):

@@ -329,15 +329,15 @@ def trainedPatients(model, df):
     byName, trained = set(trainedAmong(model, df.index)), []
     if not seen:
         return trained
-    known = forEachPatient(functools.partial(hasVoxelsOf, voxels=voxels), df, 'known patients')
-    for (patient, paths), hasVoxels in zip(df.iterrows(), known, strict=True):
-        patient = str(patient)
-        if hasVoxels or _hasImageOf(paths, images):
-            trained.append(patient)
-        elif patient in seen and _isAnother(paths, seen[patient]):
+    hasVoxels = [False] * len(df)
+    if voxels:  # the images are read
+        hasVoxels = forEachPatient(functools.partial(hasVoxelsOf, voxels=voxels), df, 'known patients')
+    for (patient, paths), isKnown in zip(df.iterrows(), hasVoxels, strict=True):
+        patient, isSame = str(patient), isKnown or _hasImageOf(paths, images)
+        if not isSame and patient in seen and _isAnother(paths, seen[patient]):
             text = f'{patient} has the name of a patient that the model was trained on, but other images.'
             warnings.warn(text, stacklevel=3)
-        elif patient in byName:
+        elif isSame or patient in byName:
             trained.append(patient)
     return trained
 

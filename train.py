@@ -433,21 +433,23 @@ def _scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devi
         if fixed := sorted({'DEVICE', 'OUTPUT_FOLDER', 'TIME_BUDGET', 'SEED', *_OWN} & recipe.keys()):
             raise ValueError(f'The recipe {name} sets {", ".join(fixed)}, which the comparison sets.')
     values = {name: _configWith({**recipe, **length}) for name, recipe in recipes.items()}
+    folders = {name: output / _nameOf({'recipe': name}) for name in recipes}
     for (one, its), (other, own) in itertools.combinations(values.items(), 2):
-        if its == own or _nameOf({'recipe': one}) == _nameOf({'recipe': other}):
+        if its == own or folders[one] == folders[other]:
             raise ValueError(f'The recipes {one} and {other} are alike, or have nearly the same name.')
         if its['NO_CLASSES'] != own['NO_CLASSES']:
             raise ValueError(f'The recipes {one} and {other} have other classes: their scores cannot be compared.')
     sets = cohort.splitFolds(df, folds)
     if min(len(traindf) for traindf, _ in sets) < (sizes[-1] or 1):
         raise ValueError(f'A fold has {min(len(part) for part, _ in sets)} patients to train on, not {sizes[-1]}.')
+    known = {}  # checksums, as files that are not .gz are read for them
     for name in recipes:
         with configured(values[name]):
             if seen := cohort.seenByStart(df):
                 raise ValueError(f'{name}: config.START was trained on {", ".join(seen[:5])}, who are to be tested on.')
-            rest = {str(patient): checksums(paths) for patient, paths in df.sort_index().iterrows()}
+            rest = {str(patient): checksums(paths, known) for patient, paths in df.sort_index().iterrows()}
         rest = {'folds': folds, 'minutes': minutes, 'patients': rest}
-        _checkRecipe(output / _nameOf({'recipe': name}), {**values[name], **rest})
+        _checkRecipe(folders[name], {**values[name], **rest})
     rows = []
     for seed in range(config.SEED, config.SEED + seeds):
         jobs = {}
@@ -455,7 +457,7 @@ def _scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devi
             order = np.random.default_rng([seed, fold]).permutation(len(traindf))
             traindf = traindf.iloc[sorted(order[:size])]
             place = {'recipe': name, 'patients': len(traindf), 'fold': fold, 'seed': seed}
-            folder = output / _nameOf({'recipe': name}) / _nameOf(place)
+            folder = folders[name] / _nameOf(place)
             own = {**values[name], 'SEED': seed, 'OUTPUT_FOLDER': str(folder)}
             jobs[folder.name] = place, own, (traindf, testdf, minutes)
         _runSeed({name: job[1:] for name, job in jobs.items()}, output / 'patches', devices)

@@ -6,6 +6,7 @@ import metrics
 from atomic import writeAtomically
 from patients.cohort import readGrades
 from patients.editions import withoutTime
+from predictor import mayLack
 from provenance import seenBy
 
 _TEXT = """# Model card
@@ -67,7 +68,7 @@ def writeCard(file, about, checkpoints, df=None, scores=None):
         training='\n'.join(_describeMember(*pair) for pair in zip(about['members'], checkpoints, strict=True)),
         scores=_describeScores(scores, trained),
         modalities=', '.join(about['modalities']),
-        missing=_describeMissing(about),
+        missing='Modalities may be missing, but not all.' if mayLack(about) else 'A missing modality is refused.',
         classes=', '.join(f'{name} ({number})' for number, name in enumerate(about['classes'])),
     )
     with writeAtomically(Path(file)) as temporary:
@@ -84,12 +85,6 @@ def _describeData(about, trained, df):
     numbers = ', '.join(str(len(patients)) for patients in trained)
     editions = ', '.join(about['labels']) or 'unknown'
     return f'Editions: {editions}. Patients trained on: {len(everyone)} in all ({numbers}). Grades: {grades}.'
-
-
-def _describeMissing(about):
-    if all(member['provenance']['settings'].get('dropout') for member in about['members']):
-        return 'Modalities may be missing, but not all.'
-    return 'A missing modality is refused.'
 
 
 def _describeMember(member, checkpoint):
