@@ -464,7 +464,8 @@ def _scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devi
         for place, own, _ in jobs.values():
             scores = pd.read_csv(Path(own['OUTPUT_FOLDER'], 'scores.csv'), dtype={'patient': str})
             rows.append(scores.assign(**place))
-    return pd.concat(rows, ignore_index=True)
+    scores = pd.concat(rows, ignore_index=True)
+    return scores.assign(subject=scores['patient'].map(cohort.findSubjects(df).rename(index=str)))
 
 
 def _checkRecipe(folder, values):
@@ -499,6 +500,7 @@ def _runSeed(jobs, folder, devices):
 def _trainAndScore(traindf, testdf, minutes, tell):
     """Train on patients, and write the scores of others to `scores.csv` in `config.OUTPUT_FOLDER`."""
     if minutes is not None:
+        Path(config.LAST_CHECKPOINT).unlink(missing_ok=True)  # a stopped training would get its minutes twice
         config.TIME_BUDGET = engine.hoursUsed() + minutes / 60
     begin = time.monotonic()
     result = trainModel(traindf, None, tell)
@@ -507,15 +509,20 @@ def _trainAndScore(traindf, testdf, minutes, tell):
     numSteps, perEpoch = schedule['last_epoch'], schedule.get('stepsPerEpoch')
     if minutes is not None and perEpoch and numSteps < perEpoch:
         raise ValueError(f'{minutes} minutes are {numSteps} batches, and an epoch has {perEpoch}: give more minutes.')
-    scores = {}
-    for patient, (_, y, yhat) in engine.predictAll(testdf, checkpoints.loadModel(result)):
-        scores[patient] = metrics.scorePatient(y, yhat, spacingOf(testdf.loc[patient]))
-    table = metrics.scoreTable(scores)[['patient', 'region', 'dice', 'hd95']]
-    table = table[table['region'].isin(config.MAIN_REGIONS)]
+    table = scorePatients(testdf, checkpoints.loadModel(result))
+    table = table.loc[table['region'].isin(config.MAIN_REGIONS), ['patient', 'region', 'dice', 'hd95']]
     with writeAtomically(Path(config.OUTPUT_FOLDER, 'scores.csv')) as temporary:
         table.assign(epochs=len(checkpoints.readHistory()), seconds=round(seconds)).to_csv(temporary, index=False)
     for file in {config.LAST_CHECKPOINT, config.BEST_CHECKPOINT}:  # of many trainings they would fill the disk
         Path(file).unlink(missing_ok=True)
+
+
+def scorePatients(df, model):
+    """Return the scores of the patients of a file list, predicted by a model, as a table of `metrics.scoreTable`."""
+    scores = {}
+    for patient, (_, y, yhat) in engine.predictAll(df, model):
+        scores[patient] = metrics.scorePatient(y, yhat, spacingOf(df.loc[patient]))
+    return metrics.scoreTable(scores)
 
 
 def _writeResults(output, name, scores, table, figure):

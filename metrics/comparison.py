@@ -95,7 +95,7 @@ def compareRecipes(scores):
 
     Args:
         scores: DataFrame with a row for each recipe, fold, seed, patient and region, and the columns `dice` and
-            `hd95` (mm).
+            `hd95` (mm). A column `subject`, if there is one, says which patients are scans of one: they are clustered.
 
     Returns:
         DataFrame indexed by `recipe`, in the order of `scores`, with the columns
@@ -116,6 +116,7 @@ def compareRecipes(scores):
     """
     names, level = list(scores['recipe'].unique()), (1 + config.CONFIDENCE) / 2
     units = ['fold', 'seed', 'patient', 'region']
+    subjects = dict(zip(scores['patient'], scores.get('subject', scores['patient']), strict=True))
     wide = scores.pivot(index=units, columns='recipe', values=['dice', 'hd95'])
     if bad := [name for name in names if wide['dice'][name].isna().any()]:
         raise ValueError(f'{", ".join(bad)}: not the patients, folds, seeds and regions of the other recipes.')
@@ -127,6 +128,7 @@ def compareRecipes(scores):
         if name == names[0]:
             continue
         changed = (wide.xs(name, axis=1, level=1) - wide.xs(names[0], axis=1, level=1)).groupby(units[:3]).mean()
+        changed = changed.rename(index=subjects, level='patient')
         gain, farther = changed['dice'], changed['hd95']
         error, freedom, share = _clusteredError(gain)
         low, high = gain.mean() + np.array([-1, 1]) * stats.t.ppf(level, freedom) * error

@@ -101,13 +101,25 @@ def test_compare_refusesBeforeAnythingIsTrained(df, recipes, options, words):
 
 
 @pytest.mark.slow
-def test_compare_endsWithTheMinutes(df, tmp_path):
-    """Few batches an epoch, and a time: each training ends, and too short a time is told."""
-    recipes, out = {'rate': {}, 'slow': {'LEARN_RATE': 1e-5}}, tmp_path / 'out'
+def test_compare_endsWithTheMinutes(df, tmp_path, monkeypatch):
+    """Few batches an epoch, and a time: each training ends; a stopped one begins anew, as its minutes do."""
+    recipes, out, saved, save = {'rate': {}, 'slow': {'LEARN_RATE': 1e-5}}, tmp_path / 'out', [], train._save
     vars(config).update(SCHEDULE='poly', AVERAGE=0.1)
+
+    def saveOrStop(*arguments):
+        saved.append(save(*arguments))
+        if len(saved) == 1:
+            raise OSError('stopped')
+        return saved[-1]
+
+    monkeypatch.setattr(train, '_save', saveOrStop)
+    with pytest.raises(RuntimeError, match='stopped'):
+        train.compare(df, recipes, folds=2, seeds=1, minutes=0.05, output=out)
+    log = out / 'recipe-rate' / 'recipe-rate_patients-2_fold-0_seed-0' / 'log.txt'
+    assert log.read_text().count('epoch   1 of') == 1
     table = train.compare(df, recipes, folds=2, seeds=1, minutes=0.05, output=out)
     assert list(table.index) == ['rate', 'slow']
-    assert (pd.read_csv(out / 'scores.csv')['epochs'] > 1).all()
+    assert (pd.read_csv(out / 'scores.csv')['epochs'] > 1).all() and log.read_text().count('epoch   1 of') == 2
 
 
 def test_compare_refusesAStartThatSawThePatients(df, tmp_path):

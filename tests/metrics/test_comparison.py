@@ -225,6 +225,21 @@ def test_compareRecipes_asksForSeedsIfTrainingsDiffer():
     assert row['verdict'] == 'cannot be told: more seeds would be needed'
 
 
+def test_compareRecipes_countsTheScansOfASubjectAsOne():
+    """Each patient a second time, as another scan of the same subject, changes neither error nor interval."""
+    values = np.full((2, 3, 12), 0.7)
+    values[1] += 0.02 + 0.1 * np.tile([1, 1, -1, -1], 3)  # patients differ, trainings do not
+    once = metrics.compareRecipes(tableOf(values)).loc['b']
+    twice = tableOf(np.repeat(values, 2, axis=2))
+    twice['number'] = twice['patient'].str[1:].astype(int) // 2
+    twice['fold'] = twice['number'] % 2
+    again = metrics.compareRecipes(twice.assign(subject=twice['number'].astype(str))).loc['b']
+    columns = ['difference', 'error', 'low', 'high', 'hd95 error', 'verdict']
+    assert again[columns].tolist()[:-1] == pytest.approx(once[columns].tolist()[:-1])
+    assert again['verdict'] == once['verdict']
+    assert metrics.compareRecipes(twice).loc['b', 'error'] < again['error']
+
+
 def test_compareRecipes_refusesOtherPatients():
     """A recipe that lacks a training is named."""
     scores = tableOf(np.full((2, 3, 4), 0.7))
