@@ -62,7 +62,7 @@ def main(numPatients=PATIENTS, shape=phantom.BOX):
         df = utils.makeFileList(folder)
         file = str(Path(folder, 'patches.h5'))
         preprocess.makeDataset(df, file)
-        show(benchAugmentation(*_firstBatch(utils.BRATSDataset(file, raw=True))))
+        show(benchAugmentation(*firstBatch(utils.BRATSDataset(file, raw=True))))
         show(benchLoading(file))
         show(benchPreprocessing(df, folder))
         show(benchReading(file))
@@ -114,7 +114,7 @@ def benchLoading(file, numSlow=13, numFast=65):
         numSlow, numFast: number of batches that the slow and the fast methods load.
     """
     stored = utils.BRATSDataset(file, raw=True)
-    image, label = (values.to(config.DEVICE) for values in _firstBatch(stored))
+    image, label = (values.to(config.DEVICE) for values in firstBatch(stored))
     transform = transforms.makeTransforms()[0]
     augment = batched.Batched(transform)
     monai, batchgenerators = baselines.makeMonaiAugment(), baselines.makeBatchgeneratorsAugment(isGamma=False)
@@ -127,18 +127,19 @@ def benchLoading(file, numSlow=13, numFast=65):
         'batchgeneratorsv2 in the workers': (baselines.AugmentedDataset(file, batchgenerators), numSlow, None),
     }
     methods = {
-        name: partial(timing.timeLoader, _makeLoader(dataset, numBatches), onDevice)
+        name: partial(timing.timeLoader, makeLoader(dataset, numBatches), onDevice)
         for name, (dataset, numBatches, onDevice) in loadings.items()
     }
     methods['Batched alone'] = timing.makeTimed(partial(augment, image, label), BATCH)
     return timing.measure('loader and augmentation, per patch', methods, rounds=3)
 
 
-def _firstBatch(dataset):
+def firstBatch(dataset):
+    """Return the first patches of a dataset as a batch."""
     return default_collate(dataset.__getitems__(list(range(BATCH))))
 
 
-def _makeLoader(dataset, numBatches):
+def makeLoader(dataset, numBatches):
     """Return a loader of a number of batches, drawn with replacement so that a small dataset suffices."""
     sampler = RandomSampler(dataset, replacement=True, num_samples=numBatches * BATCH)
     options = {'num_workers': config.LOADER_WORKERS, 'pin_memory': config.DEVICE == 'cuda'}
@@ -200,7 +201,7 @@ def benchTraining(file, model, numBatches=4):
     optimizer = torch.optim.Adam(model.parameters(), lr=config.LEARN_RATE)
     trainTransform = transforms.makeTransforms()[0]
     raw, slow = utils.BRATSDataset(file, raw=True), utils.BRATSDataset(file, None, trainTransform)
-    held = [values.to(config.DEVICE) for values in _firstBatch(raw)]
+    held = [values.to(config.DEVICE) for values in firstBatch(raw)]
     usual = engine.precision(config.DEVICE)
 
     def train(makeLoader=None, transform=None, dtype=usual):
@@ -216,11 +217,11 @@ def benchTraining(file, model, numBatches=4):
             trainOn([first])  # not timed: starts the workers and copies the memory that they share
             return timing.makeTimed(lambda: trainOn(rest), BATCH * len(rest))()
 
-    fast = partial(_makeLoader, raw, numBatches + 1)
+    fast = partial(makeLoader, raw, numBatches + 1)
     methods = {
         'one batch held on the device': train,
         'raw patches, then Batched': lambda: train(fast, batched.Batched(trainTransform)),
-        'torchio in the workers': lambda: train(partial(_makeLoader, slow, numBatches // 4 + 1)),
+        'torchio in the workers': lambda: train(partial(makeLoader, slow, numBatches // 4 + 1)),
     }
     if usual is not None:  # a processor that emulates bfloat16 takes minutes for a step
         methods['held, float32'] = lambda: train(dtype=None)

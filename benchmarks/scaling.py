@@ -83,27 +83,28 @@ def benchPatients(stage, df, work, folder, rounds=3):
 
 def benchRanks():
     """Measure a step of training with 16 patches by one process, and by two ranks with 8 patches each."""
-    methods = {'1 rank': lambda: _spawnRanks(1), '2 ranks': lambda: _spawnRanks(2)}
+    methods = {'1 rank': lambda: spawnRanks(1), '2 ranks': lambda: spawnRanks(2)}
     return timing.measure('training step of 16 patches', methods, rounds=3)
 
 
-def _spawnRanks(number):
-    """Return the `Seconds` of a step by so many ranks, as rank 0 measures them."""
+def spawnRanks(number, kind='cpu'):
+    """Return the `Seconds` of a step by so many ranks, as rank 0 measures them; with kind 'cuda', on a card each."""
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context('spawn')
         results = context.SimpleQueue()
-        torch.multiprocessing.spawn(_timeSteps, (number, folder, results), nprocs=number)
+        torch.multiprocessing.spawn(_timeSteps, (number, folder, results, kind), nprocs=number)
         return timing.Seconds(results.get())
 
 
-def _timeSteps(rank, number, folder, results):
+def _timeSteps(rank, number, folder, results, kind):
     torch.set_num_threads(1)
-    vars(config).update(NETWORK, DEVICE='cpu')
+    vars(config).update(NETWORK, DEVICE='cpu' if kind == 'cpu' else f'cuda:{rank}')
     if number > 1:
-        dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=number)
+        backend = 'gloo' if kind == 'cpu' else 'nccl'
+        dist.init_process_group(backend, init_method=f'file://{folder}/meeting', rank=rank, world_size=number)
     layers, criterion = engine.makeModel(), engine.makeCriterion()
     model = ranks.share(layers, criterion)
-    optimizer, scaler = torch.optim.Adam(layers.parameters()), torch.amp.GradScaler('cpu', enabled=False)
+    optimizer, scaler = torch.optim.Adam(layers.parameters()), torch.amp.GradScaler(kind, enabled=False)
     size = config.PATCH_SIZE
     batch = torch.randn(16 // number, 3, size, size), torch.randint(0, 4, (16 // number, size, size))
     engine.train(model, criterion, optimizer, scaler, [batch] * 2)

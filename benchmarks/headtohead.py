@@ -1,0 +1,88 @@
+"""Train this package and others on the same patients for the same minutes, and compare them.
+
+    python -m benchmarks.headtohead FOLDER OUTPUT [MINUTES [FOLDS [SYSTEM ...]]]
+
+Of each system a network is trained in each fold, one after the other, and scored on the whole patients of the fold. The
+minutes are those of the training. What a system does once before it (patches, plans, crops) comes on top and is told
+apart. A stopped run goes on where it was. nnU-Net needs `pip install nnunetv2`.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+
+import config
+import metrics
+import train
+import utils
+from atomic import writeAtomically
+from benchmarks import peers
+from benchmarks.recipes import SMALL
+from patients import cohort
+from patients.reading import spacingOf
+
+OWN = {'default': {}, 'small network': SMALL}  # both of this package
+OTHERS = {
+    'MONAI SegResNet': peers.SegResNet,
+    'nnU-Net 2d': lambda: peers.NnUNet('2d'),
+    'nnU-Net 3d_fullres': lambda: peers.NnUNet('3d_fullres'),
+}
+
+
+def main(folder, output, minutes=15, folds=4, *systems):
+    """Train and score the systems, print and return their table.
+
+    Args:
+        folder: patients with segmentations.
+        output: folder for runs and results.
+        minutes: of each training.
+        folds: number of folds.
+        *systems: some of `OTHERS`; default all.
+
+    Returns:
+        DataFrame of `metrics.compareRecipes`, with the columns `minutes`, `steps` and `preparation` (seconds a
+        patient): means over the folds; NaN where unknown.
+    """
+    df, output, numFolds = utils.makeFileList(folder), Path(output), folds
+    train.compare(df, OWN, numFolds, 1, minutes=minutes, output=output / 'own')
+    parts = [pd.read_csv(output / 'own' / 'scores.csv', dtype={'patient': str})]
+    parts[0]['minutes'] = parts[0].pop('seconds') / 60
+    for name in systems or OTHERS:
+        for fold, sets in enumerate(cohort.splitFolds(df, numFolds)):
+            file = output / f'{name}-{fold}.csv'
+            if not file.exists():
+                table = _trainAndScore(OTHERS[name](), *sets, 60 * minutes, output / 'work')
+                with writeAtomically(file) as temporary:
+                    table.to_csv(temporary, index=False)
+            part = pd.read_csv(file, dtype={'patient': str})
+            parts.append(part.assign(recipe=name, fold=fold, seed=config.SEED))
+    scores = pd.concat(parts, ignore_index=True)
+    scores['subject'] = scores['patient'].map(cohort.findSubjects(df).rename(index=str))
+    table = metrics.compareRecipes(scores)
+    table[['minutes', 'steps', 'preparation']] = scores.groupby('recipe')[['minutes', 'steps', 'preparation']].mean()
+    with writeAtomically(output / 'headtohead.csv') as temporary:
+        table.to_csv(temporary)
+    print(table.round(3).T.to_string())
+    return table
+
+
+def _trainAndScore(system, traindf, testdf, seconds, folder):
+    """Return the scores of a system's patients of a fold, with minutes, steps and the preparation in s a patient."""
+    begin = time.monotonic()
+    system.prepare(traindf, folder)
+    prepared = time.monotonic()
+    numSteps = system.train(seconds)
+    trained = time.monotonic()
+    scores = {}
+    for patient, paths in testdf.iterrows():
+        scores[patient] = metrics.scorePatient(*system.predict(paths), spacingOf(paths))
+    table = metrics.scoreTable(scores)
+    table = table[table['region'].isin(config.MAIN_REGIONS)][['patient', 'region', 'dice', 'hd95']]
+    preparation = (prepared - begin) / len(traindf)
+    return table.assign(minutes=(trained - prepared) / 60, steps=numSteps, preparation=preparation)
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:3], *map(float, sys.argv[3:4]), *map(int, sys.argv[4:5]), *sys.argv[5:])

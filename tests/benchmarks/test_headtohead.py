@@ -1,0 +1,56 @@
+"""Other systems are trained and scored on the patients of this package's own folds, for the same time."""
+
+import pandas as pd
+import pytest
+
+import config
+import engine
+import phantom
+from benchmarks import headtohead, peers
+
+SMALL = {
+    'PATCH_SIZE': 32, 'PATCH_STRIDE': 24, 'BATCHSIZE': 8, 'ENCODER_NAME': 'resnet18', 'ENCODER_DEPTH': 3,
+    'DECODER_CHANNELS': (16, 8, 8), 'ENCODER_WEIGHTS': None, 'LOADER_WORKERS': 0, 'DEVICE': 'cpu',
+    'PLANES': ('axial',), 'PREPROCESS_WORKERS': 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of three phantoms, and small networks."""
+    phantom.makeCases(tmp_path / 'data', 3, shape=(40, 40, 36))
+    vars(config).update(SMALL)
+    monkeypatch.setattr(headtohead, 'OWN', {'default': {}, 'small network': {'DECODER_CHANNELS': (8, 8, 8)}})
+    monkeypatch.setattr(peers, 'CROP', 32)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_main_comparesWithTheOtherSystem(folder, monkeypatch):
+    """Each patient is scored once by each system; nothing is trained twice; the table tells minutes and steps."""
+    arguments = (folder / 'data', folder / 'out', 0.03, 3, 'MONAI SegResNet')
+    table = headtohead.main(*arguments)
+    assert list(table.index) == ['default', 'small network', 'MONAI SegResNet']
+    parts = [pd.read_csv(folder / 'out' / f'MONAI SegResNet-{fold}.csv') for fold in range(3)]
+    assert [len(part['patient'].unique()) for part in parts] == [1, 1, 1]
+    peer = pd.concat(parts)
+    assert table.loc['MONAI SegResNet', 'dice WT'] == pytest.approx(peer.loc[peer['region'] == 'WT', 'dice'].mean())
+    assert (table.loc['MONAI SegResNet', ['minutes', 'steps']] >= [0.03, 1]).all()
+    monkeypatch.setattr(engine, 'train', None)
+    monkeypatch.setattr(peers.SegResNet, 'train', None)
+    pd.testing.assert_frame_equal(headtohead.main(*arguments), table)
+
+
+@pytest.mark.slow
+def test_nnUNet_predictsOnTheGridOfThePatient(folder, monkeypatch):
+    """nnU-Net plans, trains for a moment and predicts: the truth is the patient's, the prediction has its shape."""
+    pytest.importorskip('nnunetv2')
+    monkeypatch.setenv('nnUNet_n_proc_DA', '1')
+    df = headtohead.utils.makeFileList(folder / 'data')
+    system = peers.NnUNet('2d')
+    system.prepare(df[:2], folder / 'work')
+    assert system.train(1) >= 1
+    y, yhat = system.predict(df.iloc[2])
+    assert y.shape == yhat.shape == (36, 40, 40) and yhat.max() <= 3
+    _, truth, _ = engine.predict(df.iloc[2], engine.makeModel())
+    assert (y == truth).all()
