@@ -11,6 +11,7 @@ from functools import partial
 from types import NoneType
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import segmentation_models_pytorch as smp
 import torch
@@ -22,7 +23,17 @@ from tqdm.auto import tqdm
 import config
 from patients.parallel import leaveOut
 from patients.reading import maskFunction, patientOf, readCase, spacingOf
-from patients.volumes import PLANES, boundingBox, groupWindows, planWindows, warnOfUnfit, withChannels
+from patients.volumes import (
+    PLANES,
+    boundingBox,
+    everyThird,
+    groupWindows,
+    partsOf,
+    planWindows,
+    warnOfUnfit,
+    withChannels,
+    within,
+)
 from provenance import (
     inputsOf,
     membersFor,
@@ -531,7 +542,15 @@ def _evaluationMode(model, device):
 
 
 def predict(
-    paths, model, transform=None, patchStride=None, device=None, mirror=False, probabilities=False, planes=None
+    paths,
+    model,
+    transform=None,
+    patchStride=None,
+    device=None,
+    mirror=False,
+    probabilities=False,
+    planes=None,
+    twoLooks=True,
 ):
     """Segment one patient, slice by slice.
 
@@ -553,6 +572,9 @@ def predict(
             one-vs-rest, the sigmoids divided by their sum.
         planes: names of the planes whose slices are predicted, some of `patients.volumes.PLANES`; their probabilities
             are averaged. None (default): those of the training.
+        twoLooks: with several planes, look at every third slice of the first one, and predict only boxes around what
+            looks like tumor there. The rest is background, and its probability 1. If nothing is found, or False: the
+            whole brain is predicted.
 
     Returns:
         x: float32 (D, C, W, H), the model's input; on the CPU, as all that follows.
@@ -568,7 +590,8 @@ def predict(
             stretches in another way than the training; the stride leaves pixels out; probabilities are not finite.
     """
     inputs, models = inputsOf(model, transform, planes), membersOf(model)
-    found = _segment(_prepare(paths, inputs[0]), models, inputs, patchStride, device, mirror, probabilities)
+    case, options = _prepare(paths, inputs[0]), {'mirror': mirror, 'twoLooks': twoLooks}
+    found = _segment(case, models, inputs, patchStride, device, probabilities=probabilities, **options)
     return found.plain()
 
 
@@ -582,7 +605,7 @@ def predictAll(df, model, transform=None, planes=None, **options):
     Args:
         df: file list.
         model, transform, planes: as in `predict`.
-        **options: `patchStride`, `device`, `mirror`, `probabilities` as in `predict`.
+        **options: `patchStride`, `device`, `mirror`, `probabilities`, `twoLooks` as in `predict`.
 
     Yields:
         (patient, what `predict` returns for it).
@@ -655,7 +678,17 @@ def _prepare(paths, settings):
     return patientOf(paths), x, None if y is None else y.long(), isBrain
 
 
-def _segment(case, models, inputs, patchStride=None, device=None, mirror=False, probabilities=False, measure=None):
+def _segment(
+    case,
+    models,
+    inputs,
+    patchStride=None,
+    device=None,
+    mirror=False,
+    probabilities=False,
+    measure=None,
+    twoLooks=True,
+):
     """Return the `Segmentation` of a patient from what `_prepare` returns; `inputs` has an `Input` for each model."""
     (patient, x, y, isBrain), measured = case, []
     device = torch.device(device or config.DEVICE)
@@ -668,7 +701,7 @@ def _segment(case, models, inputs, patchStride=None, device=None, mirror=False, 
         image, total = x.to(device), 0
         for model, settings in zip(models, inputs, strict=True):
             byPlane = None if measure is None else []
-            sums = _predictPlanes(image, isBrain, box, model, settings, patchStride, mirror, byPlane)
+            sums = _predictPlanes(image, isBrain, box, model, settings, patchStride, mirror, twoLooks, byPlane)
             total += sums / len(settings.planes)
             if measure is not None:
                 measured.append(measure(byPlane))
@@ -691,24 +724,32 @@ def _multipleOf(model):
     return getattr(encoder, 'output_stride', 2**config.ENCODER_DEPTH)
 
 
-def _predictPlanes(x, isBrain, box, model, settings, patchStride, mirror, byPlane=None):
+def _predictPlanes(x, isBrain, box, model, settings, patchStride, mirror, twoLooks, byPlane=None):
     """Return the probabilities (D', K, W', H') in the brain's bounding box, summed over the planes.
 
     If `byPlane` is a list, the probabilities of each plane, of the same shape, are appended to it.
     """
     multiple, sides = _multipleOf(model), [part.stop - part.start for part in box]
     total = torch.zeros(sides[0], config.NO_CLASSES, *sides[1:], device=x.device)
-    predictBatch = partial(predictPatches, model, mirror=mirror, activation=settings.activation)
+    predictBatch = partial(predictPatches, model, activation=settings.activation)
     with _evaluationMode(model, x.device):
+        parts = [isBrain.numpy()]
+        if twoLooks and len(settings.planes) > 1:
+            parts = _look(x, isBrain.numpy(), settings, multiple, partial(predictBatch, mirror=False))
         for plane in settings.planes:
             order = PLANES[plane]
             own = total if byPlane is None else torch.zeros_like(total)
-            (first, *inPlane), view = [box[axis] for axis in order], own.permute(withChannels(order))
-            image, mask = x.permute(withChannels(order)), isBrain.permute(order)
-            area, starts, size = planWindows(mask.numpy(), patchStride, settings.patchSize, multiple)
-            for slices, values in predictSlices(image[:, :, *area], mask[:, *area], starts, size, predictBatch):
-                values = values if patchStride is None else values[:, :, *inPlane]
-                view[[number - first.start for number in slices]] += values
+            image, view = (each.permute(withChannels(order)) for each in (x, own))
+            outer = [box[axis] for axis in order]
+            for part in parts:
+                mask = part.transpose(order)
+                area, starts, size = planWindows(mask, patchStride, settings.patchSize, multiple)
+                inner = boundingBox(mask)
+                inBox, inArea = within(inner, outer), within(inner[1:], area)
+                given = image[:, :, *area], torch.from_numpy(mask[:, *area]), starts, size
+                for slices, values in predictSlices(*given, partial(predictBatch, mirror=mirror)):
+                    rows = [number - outer[0].start for number in slices]
+                    view[:, :, *inBox[1:]][rows] += values[:, :, *inArea]
             if byPlane is not None:
                 total += own
                 own[:, :1] += (1 - own.sum(1, keepdim=True)).clamp_min(0)
@@ -716,6 +757,18 @@ def _predictPlanes(x, isBrain, box, model, settings, patchStride, mirror, byPlan
     # what no window covers is background; rounding makes no probability negative
     total[:, :1] += (len(settings.planes) - total.sum(1, keepdim=True)).clamp_min(0)
     return total
+
+
+def _look(x, isBrain, settings, multiple, predictBatch):
+    """Return the masks of `partsOf` from a first look, at every third slice of the first plane."""
+    order = PLANES[settings.planes[0]]
+    some = everyThird(isBrain.transpose(order))
+    isFound = np.zeros_like(some)
+    area, starts, size = planWindows(some, None, settings.patchSize, multiple)
+    given = x.permute(withChannels(order))[:, :, *area], torch.from_numpy(some[:, *area]), starts, size
+    for slices, values in predictSlices(*given, predictBatch):
+        isFound[:, *area][slices] = (values[:, 0] < 0.5).cpu().numpy()
+    return partsOf((isFound & some).transpose(np.argsort(order)), isBrain)
 
 
 def predictSlices(x, isBrain, starts, size, predictBatch):

@@ -27,12 +27,15 @@ from patients.volumes import (
     PLANES,
     alongMemory,
     boundingBox,
+    everyThird,
     findLimits,
     groupWindows,
+    partsOf,
     planWindows,
     stretch,
     warnOfUnfit,
     withChannels,
+    within,
 )
 from patients.writing import saveLabelNames, saveSegmentation
 
@@ -128,7 +131,7 @@ def startSession(file, threads=None):
     return lambda patches: session.run(None, {'image': patches})[0]
 
 
-def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
+def predict(paths, folder, patchStride=None, mirror=False, probabilities=False, twoLooks=True):
     """Return the segmentation of one patient, as `engine.predict` does.
 
     It is computed in float32, or with 8-bit integers if `deploy.quantizeOnnx` wrote such networks.
@@ -136,7 +139,7 @@ def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
     Args:
         paths: a row of the file list, or a dict such as `{'t1ce': path, 't2': path, 'flair': path}`.
         folder: model folder, or what `loadFolder` returned.
-        patchStride, mirror, probabilities: as in `engine.predict`.
+        patchStride, mirror, probabilities, twoLooks: as in `engine.predict`.
 
     Returns:
         yhat: int64 array (D, W, H), classes.
@@ -147,7 +150,7 @@ def predict(paths, folder, patchStride=None, mirror=False, probabilities=False):
             probabilities that are not finite.
     """
     network = folder if isinstance(folder, Network) else loadFolder(folder)
-    yhat, probability = segment(*prepare(paths, network.about), network, patchStride, mirror, probabilities)
+    yhat, probability = segment(*prepare(paths, network.about), network, patchStride, mirror, probabilities, twoLooks)
     return (yhat, probability) if probabilities else yhat
 
 
@@ -178,7 +181,7 @@ def _imagesOf(paths, about):
     return {name: paths[name] for name in about['modalities'] if hasFile(paths, name)}
 
 
-def segment(patient, x, isBrain, network, patchStride=None, mirror=False, probabilities=False):
+def segment(patient, x, isBrain, network, patchStride=None, mirror=False, probabilities=False, twoLooks=True):
     """Return classes int64 (D, W, H) from what `prepare` returned, and probabilities float32 (D, K, W, H) or None.
 
     Raises:
@@ -192,8 +195,12 @@ def segment(patient, x, isBrain, network, patchStride=None, mirror=False, probab
     if isBrain.any():
         box, total = boundingBox(isBrain), 0
         for member, run in zip(network.about['members'], network.members, strict=True):
-            predictBatch = partial(_predictPatches, run, mirror, member['activation'])
-            sums = _predictPlanes(x, isBrain, box, numClasses, member, predictBatch, patchStride)
+            predictBatch = partial(_predictPatches, run, member['activation'])
+            parts = [isBrain]
+            if twoLooks and len(member['planes']) > 1:
+                parts = _look(x, isBrain, numClasses, member, predictBatch)
+            predictBatch = partial(predictBatch, mirror=mirror)
+            sums = _predictPlanes(x, parts, box, numClasses, member, predictBatch, patchStride)
             total = total + sums / len(member['planes'])
         if not np.isfinite(total.max(1)).all():
             raise ValueError(f'{patient}: the probabilities of some voxels are not finite, so they have no class.')
@@ -204,24 +211,43 @@ def segment(patient, x, isBrain, network, patchStride=None, mirror=False, probab
     return yhat, probability
 
 
-def _predictPlanes(x, isBrain, box, numClasses, member, predictBatch, patchStride):
+def _look(x, isBrain, numClasses, member, predictBatch):
+    """Return the masks of `partsOf` from a first look, at every third slice of the first plane."""
+    order = PLANES[member['planes'][0]]
+    some = everyThird(isBrain.transpose(order))
+    isFound = np.zeros_like(some)
+    area, starts, size = planWindows(some, None, member['patchSize'], member['multiple'])
+    image = x.transpose(withChannels(order))[:, :, *area]
+    for slices, values in _predictSlices(image, some[:, *area], starts, size, numClasses, predictBatch):
+        isFound[:, *area][slices] = values[:, 0] < 0.5
+    return partsOf((isFound & some).transpose(np.argsort(order)), isBrain)
+
+
+def _predictPlanes(x, parts, box, numClasses, member, predictBatch, patchStride):
     """Return the probabilities (D', K, W', H') in the brain's bounding box, summed over the planes."""
     sides = [part.stop - part.start for part in box]
     total = np.zeros((sides[0], numClasses, *sides[1:]), np.float32)
     for plane in member['planes']:
         order = PLANES[plane]
-        (first, *inPlane), view = [box[axis] for axis in order], total.transpose(withChannels(order))
-        image, mask = x.transpose(withChannels(order)), isBrain.transpose(order)
-        area, starts, size = planWindows(mask, patchStride, member['patchSize'], member['multiple'])
-        image, mask = image[:, :, *area], mask[:, *area]
-        lowest = image.min((0, 2, 3))
-        for windows in groupWindows(mask, starts, size, _BATCH):
-            slices, values = _averageWindows(image, windows, lowest, size, numClasses, predictBatch)
-            values = values if patchStride is None else values[:, :, *inPlane]
-            view[[number - first.start for number in slices]] += values
+        image, outer = x.transpose(withChannels(order)), [box[axis] for axis in order]
+        for part in parts:
+            mask = part.transpose(order)
+            area, starts, size = planWindows(mask, patchStride, member['patchSize'], member['multiple'])
+            inner = boundingBox(mask)
+            view = total.transpose(withChannels(order))[:, :, *within(inner, outer)[1:]]
+            inArea, given = within(inner[1:], area), (image[:, :, *area], mask[:, *area], starts, size)
+            for slices, values in _predictSlices(*given, numClasses, predictBatch):
+                view[[number - outer[0].start for number in slices]] += values[:, :, *inArea]
     # what no window covers is background; rounding makes no probability negative
     total[:, 0] += np.maximum(len(member['planes']) - total.sum(1), 0)
     return total
+
+
+def _predictSlices(x, mask, starts, size, numClasses, predictBatch):
+    """Yield the indices and probabilities of a few slices at a time, as `engine.predictSlices` does."""
+    lowest = x.min((0, 2, 3))
+    for windows in groupWindows(mask, starts, size, _BATCH):
+        yield _averageWindows(x, windows, lowest, size, numClasses, predictBatch)
 
 
 def _averageWindows(x, windows, lowest, size, numClasses, predictBatch):
@@ -257,7 +283,7 @@ def _gaussian(length):
     return np.exp(-((np.arange(length) - (length - 1) / 2) ** 2) / (2 * (length / 8) ** 2))
 
 
-def _predictPatches(run, mirror, activation, patches):
+def _predictPatches(run, activation, patches, mirror=False):
     """Return probabilities float32 (B, K, H, W) of patches (B, C, H, W); with `mirror`, averaged over the flips."""
     flips = [(), (2,), (3,), (2, 3)] if mirror else [()]
     total = 0
@@ -342,7 +368,7 @@ def _optionsOf(rules):
     kind = (rules or {}).get('kind') or {}
     if kind.get('planes'):
         raise ValueError(f'The rules of the folder were tuned on the planes {kind["planes"]} alone: pack other rules.')
-    return {name: kind[name] for name in ('patchStride', 'mirror') if name in kind}
+    return {name: kind[name] for name in ('patchStride', 'mirror', 'twoLooks') if name in kind}
 
 
 def _findPatient(given):

@@ -115,7 +115,7 @@ def _seenPatches(network, df):
 
     runs = [partial(runAndKeep, *pair) for pair in zip(network.members, seen, strict=True)]
     for _, paths in df.iterrows():
-        segment(*prepare(paths, network.about), Network(network.about, runs))
+        segment(*prepare(paths, network.about), Network(network.about, runs), twoLooks=False)
     return seen
 
 
@@ -183,7 +183,9 @@ def _casesOf(patients, about):
 
 def _compare(case, networks, file):
     """Return the largest difference of a probability; raise as `exportOnnx` if the two networks differ too much."""
-    (yhat, probability), (other, values) = (segment(*case, network, probabilities=True) for network in networks)
+    (yhat, probability), (other, values) = (
+        segment(*case, network, probabilities=True, twoLooks=False) for network in networks
+    )
     difference = float(np.abs(probability - values).max())
     first, second = np.sort(probability, axis=1)[:, -1], np.sort(probability, axis=1)[:, -2]
     isOther = (yhat != other) & (first - second > 2 * LARGEST_DIFFERENCE)

@@ -13,6 +13,11 @@ MOST_LITRES = 2.5  # of voxels that are not 0: a brain has about 1.5, a head mor
 PLANES = {'axial': (0, 1, 2), 'coronal': (2, 1, 0), 'sagittal': (1, 2, 0)}
 
 
+_CUBE = 8  # voxels of a side
+_MARGIN = 6  # voxels from the cubes of a part to the sides of its box
+_SMALLEST = 30  # voxels of a part, in every third slice: 0.1 ml
+
+
 def planesOf(planes):
     """Return names of `PLANES`, one text or several, as a list; raise a ValueError if there is no such plane."""
     names = [planes] if isinstance(planes, str) else [str(plane) for plane in planes]
@@ -92,9 +97,11 @@ def boundingBox(mask):
 def planWindows(isBrain, patchStride, patchSize, multiple):
     """Return the part of each slice to predict (two slice objects), the windows' (row, column) starts in it, and size.
 
+    The part may reach beyond the end of the slice.
+
     Args:
         isBrain: bool (D, H, W).
-        patchStride: pixels between windows of `patchSize`; None: one window over the brain's bounding box.
+        patchStride: pixels between windows of `patchSize`; None: one window over the bounding box of the mask.
         multiple: the sides of that one window are a multiple of it, as the encoder halves its input several times. They
             are at least twice as long: in bfloat16, torch 2.14 reads memory that nobody wrote where the deepest map is
             one pixel wide.
@@ -104,7 +111,60 @@ def planWindows(isBrain, patchStride, patchSize, multiple):
         starts = [(int(row), int(column)) for row in rows for column in columns]
         return (slice(None), slice(None)), starts, (patchSize, patchSize)
     box = boundingBox(isBrain.any(0))
-    return box, [(0, 0)], tuple(max(2, math.ceil((part.stop - part.start) / multiple)) * multiple for part in box)
+    size = tuple(max(2, math.ceil((part.stop - part.start) / multiple)) * multiple for part in box)
+    return tuple(slice(part.start, part.start + length) for part, length in zip(box, size, strict=True)), [(0, 0)], size
+
+
+def within(inner, outer):
+    """Return where a box, a tuple of slices, lies in another one that holds it."""
+    starts = [part.start or 0 for part in outer]
+    return tuple(slice(part.start - start, part.stop - start) for part, start in zip(inner, starts, strict=True))
+
+
+def everyThird(mask):
+    """Return a mask (D, H, W) of every third slice of another, of those that are not empty."""
+    numbers = np.flatnonzero(mask.any((1, 2)))
+    some = np.zeros_like(mask)
+    some[numbers[min(1, len(numbers) - 1) :: 3]] = True
+    return some & mask
+
+
+def partsOf(isFound, isBrain):
+    """Return masks of the brain in boxes around what was found in every third slice; the whole brain if nothing was.
+
+    Finds are grouped by cubes of 8 x 8 x 8 voxels: those that touch are one part. Small parts are left out, but not the
+    largest. A box has a margin, and boxes that meet are one.
+
+    Args:
+        isFound: bool (D, H, W), voxels of tumor in the slices of `everyThird`.
+        isBrain: bool (D, H, W).
+    """
+    counts = np.zeros([-(-length // _CUBE) for length in isFound.shape], int)
+    np.add.at(counts, tuple(np.argwhere(isFound).T // _CUBE), 1)
+    group, before = np.where(counts, np.arange(counts.size).reshape(counts.shape) + 1, 0), None
+    while before is None or (group != before).any():  # the highest number spreads over all cubes of a part
+        near = np.lib.stride_tricks.sliding_window_view(np.pad(group, 1), (3, 3, 3))
+        before, group = group, np.where(counts, near.max((3, 4, 5)), 0)
+    sizes, boxes = np.bincount(group.ravel(), counts.ravel()), []
+    for number in np.flatnonzero(sizes >= max(1, min(_SMALLEST, sizes.max()))):
+        sides = [(side.start, side.stop) for side in boundingBox(group == number)]
+        box = _CUBE * np.transpose(sides) + [[-_MARGIN], [_MARGIN]]
+        while meeting := [other for other in boxes if _meet(other, box)]:
+            boxes = [other for other in boxes if not _meet(other, box)]
+            both = np.stack([box, *meeting])
+            box = np.stack([both[:, 0].min(0), both[:, 1].max(0)])
+        boxes.append(box)
+    parts = []
+    for low, high in boxes:
+        place = tuple(slice(max(0, start), stop) for start, stop in zip(low, high, strict=True))
+        parts.append(np.zeros_like(isBrain))
+        parts[-1][place] = isBrain[place]
+    return [part for part in parts if part.any()] or [isBrain]
+
+
+def _meet(one, other):
+    """Return whether two boxes, (2, 3) of the lowest and the highest corner, share a voxel."""
+    return (one[0] < other[1]).all() and (other[0] < one[1]).all()
 
 
 def groupWindows(isBrain, starts, size, batchSize):

@@ -108,10 +108,10 @@ class Tuning(NamedTuple):
     kind: dict | None = None
 
 
-def kindOf(patchStride=None, mirror=False, planes=None, **others):
+def kindOf(patchStride=None, mirror=False, planes=None, twoLooks=True, **others):
     """Return the options of `engine.predict` on which the small components of a prediction depend, as plain values."""
     stride, planes = None if patchStride is None else int(patchStride), None if planes is None else list(planes)
-    return {'patchStride': stride, 'mirror': bool(mirror), 'planes': planes}
+    return {'patchStride': stride, 'mirror': bool(mirror), 'planes': planes, 'twoLooks': bool(twoLooks)}
 
 
 def applyRules(yhat, rules, spacing=(1, 1, 1), kind=None):
@@ -149,7 +149,7 @@ def tunePostprocessing(predictions, spacing=(1, 1, 1), **options):
             validation or out-of-fold patients, not of test patients: their scores would no longer be a test. A
             generator over `engine.predictAll` keeps one patient in memory.
         spacing: mm between voxels along each axis, the same for all patients.
-        **options: `patchStride` and `mirror`, with which they were predicted; the rules fit such predictions only.
+        **options: `patchStride`, `mirror`, `twoLooks`, with which they were predicted; the rules fit only such ones.
 
     Raises:
         ValueError: no patients, or bad input as in `metrics.scoreLesions`.

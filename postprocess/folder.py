@@ -47,7 +47,7 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         probabilities: write the probabilities and their entropy too.
         part: (i, n): predict shard i of n (from 0), every n-th patient, on one of n processes or machines. Its scores
             are in `scores.<i>of<n>.csv`; `scoreFolder` scores all patients when all shards are predicted.
-        **options: `patchStride`, `device`, `mirror` as in `engine.predict`.
+        **options: `patchStride`, `device`, `mirror`, `twoLooks` as in `engine.predict`.
 
     Returns:
         DataFrame as `metrics.scoreTable` returns it, of the patients of the shard; empty if none is scored.
@@ -191,7 +191,7 @@ def writeScores(scores, folder, model=None, df=None, **options):
         scores: dict of patient to the table of `metrics.scorePatient`.
         model: the model that made the predictions. Patients that it was trained on are left out and named.
         df: file list of the patients, so that they are recognised by their files too, under any id.
-        **options: `patchStride` and `mirror` of the prediction, and what else the scores depend on.
+        **options: `patchStride`, `mirror` and `twoLooks` of the prediction, and what else the scores depend on.
 
     Returns:
         DataFrame: `metrics.scoreTable(scores)`.

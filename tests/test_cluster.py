@@ -91,7 +91,7 @@ def test_cluster_leavesOutAndNamesABadPatient(client, df, model, tmp_path, capsy
 def test_cluster_stopsAtErrorsThatAreNotThoseOfAPatient(client, df, model, tmp_path):
     """A Tuning of other predictions ends the work, as in one process: no patient is left out for it."""
     config.ON_BAD_PATIENT = 'leaveOut'
-    rules = postprocess.Tuning(N=10, kind={'patchStride': None, 'mirror': True, 'planes': None})
+    rules = postprocess.Tuning(N=10, kind={'patchStride': None, 'mirror': True, 'planes': None, 'twoLooks': True})
     with joblib.parallel_config('dask', n_jobs=2), pytest.raises(ValueError, match='The rules were tuned on'):
         postprocess.predictFolder(df, model, tmp_path / 'out', rules=rules)
 

@@ -269,7 +269,7 @@ def test_predictor_predictsAsTheEngineDoes(tmp_path, paths, inFloat32):
     assert deploy.exportOnnx(tmp_path / 'folder', paths.to_frame().T) <= 1e-4
     models = deploy.loadModel(tmp_path / 'folder')
     forgetSettings()
-    for options in ({}, {'patchStride': 24}, {'mirror': True}):
+    for options in ({}, {'patchStride': 24}, {'mirror': True}, {'twoLooks': False}):
         *_, yhat, expected = engine.predict(paths, models, probabilities=True, **options)
         found, probability = predictor.predict(paths, tmp_path / 'folder', probabilities=True, **options)
         np.testing.assert_allclose(probability, expected.numpy(), rtol=0, atol=1e-4)

@@ -428,6 +428,38 @@ def test_predict_returnsTheTruthOfAnOracle(writeCase, shape, options, planes):
     assert torch.equal(y, yhat)
 
 
+def predictMarked(writeCase, marks, twoLooks=True):
+    """Return what an oracle predicts of a patient whose truth has class 1 in some boxes, the truth, and its pixels."""
+    config.MODALITIES = ('t1', 't1ce', 't2', 'flair')
+    label, image = np.zeros((96, 80, 72), np.uint8), np.zeros((4, 96, 80, 72), np.int16)
+    image[:, 4:-4, 4:-4, 4:-4] = np.random.default_rng(0).integers(1, 900, (4, 88, 72, 64))
+    for mark in marks:
+        label[mark] = 1
+    paths = writeCase(dict(zip(COLUMNS, (*image, label), strict=True)), PATIENTS[0])
+    model, pixels = Oracle(), []
+    model.register_forward_pre_hook(lambda module, given: pixels.append(given[0][:, 0].numel()))
+    options = {'planes': tuple(PLANES), 'twoLooks': twoLooks}
+    _, y, yhat = engine.predict(paths, model, transform=addTruth, **options)
+    return y, yhat, sum(pixels)
+
+
+def test_predict_looksTwice(writeCase):
+    """Two tumors are predicted in their boxes, a speck far from both is not, and a third of the pixels are left out."""
+    large, small, speck = np.s_[10:30, 10:30, 10:30], np.s_[70:78, 60:68, 50:58], np.s_[80, 12, 20]
+    _, expected, _ = predictMarked(writeCase, (large, small))
+    y, yhat, numPixels = predictMarked(writeCase, (large, small, speck))
+    assert torch.equal(yhat, expected) and yhat.sum() == 20**3 + 8**3 == y.sum() - 1
+    y, yhat, numWhole = predictMarked(writeCase, (large, small, speck), twoLooks=False)
+    assert torch.equal(yhat, y) and numPixels < 2 / 3 * numWhole
+
+
+@pytest.mark.parametrize('number', range(4, 8))
+def test_predict_findsTheOnlyTumor(writeCase, number):
+    """A single voxel of tumor is found in every slice: where the first look does not see it, the brain is predicted."""
+    y, yhat, _ = predictMarked(writeCase, [np.s_[20, 40, number]])
+    assert torch.equal(yhat, y) and y.sum() == 1
+
+
 class Lean(torch.nn.Module):
     """Logits that differ along the two axes of a slice, so that each plane gives other ones."""
 
