@@ -16,9 +16,9 @@ import pandas as pd
 
 import config
 import deploy
-import engine
 import metrics
 import pictures
+import postprocess
 import train
 import utils
 from atomic import writeAtomically
@@ -41,15 +41,14 @@ SUBSETS = [subset for count in (4, 3, 2, 1) for subset in itertools.combinations
 
 def main(folder, output, part=None):
     """Run one part, or all of them and then pack the weights; return the scores, or the folder of the weights."""
-    df = utils.makeFileList(folder)
+    df, output = utils.makeFileList(folder), Path(output)
     if part == 'curve':
-        return _drawCurve(df, Path(output))
+        return _drawCurve(df, output)
     if part is not None:
-        return _runPart(df, Path(output), part)
-    scores = pd.concat([_runPart(df, Path(output), part) for part in range(FOLDS)], ignore_index=True)
-    whole = scores[scores['modalities'] == ' '.join(RECIPE['MODALITIES'])]
+        return _runPart(df, output, part)
+    scores = pd.concat([_runPart(df, output, part) for part in range(FOLDS)], ignore_index=True)
     print(summarize(scores).to_string())
-    file, folder = _runPart(df, Path(output), 'all'), Path(output, 'glioma')
+    file, folder = _runPart(df, output, 'all'), output / 'glioma'
     with train.configured(RECIPE):
         deploy.packModel(file, folder, df, half=True)
         deploy.exportOnnx(folder)
@@ -58,15 +57,33 @@ def main(folder, output, part=None):
     del about['files']['1/model.onnx']  # float32, which the predictor does not need beside the integers
     writeAbout(folder, about)
     Path(folder, '1', 'model.onnx').unlink()
-    text = (
-        f'{len(df)} patients in {FOLDS} folds, each predicted by a network of the same recipe that was not trained on '
-        'it. By the rules of BraTS 2020 for whole volumes; low, high: interval of the mean.\n\n'
-        f'{tabulate(whole.drop(columns=["fold", "modalities"]))}\n\nMade by `python -m benchmarks.weights` from '
-        f'{", ".join(map(str, df.index))}. **For research and teaching, not for clinical use.**'
-    )
+    text, fit = testFolds(df, output)
+    postprocess.writeFit(fit, folder / 'quality.json')
     card = folder / 'README.md'
     card.write_text(card.read_text().replace('Not measured.', text))
     return folder
+
+
+def testFolds(df, output):
+    """Return the scores of the card, in words, and a fit of the quality, from patients that a network has not seen.
+
+    All patients are predicted into the folder `folds`, each by the network of its fold.
+    """
+    members = []
+    for part in range(FOLDS):
+        with train.configured({'OUTPUT_FOLDER': str(output / str(part))}):
+            members.append(utils.loadModel(config.RESULT_CHECKPOINT))
+    scores = postprocess.predictFolder(df, members, output / 'folds')
+    fit = postprocess.fitQuality(postprocess.readDisagreement(output / 'folds'), scores)
+    table = postprocess.scoreFolder(df, output / 'folds' / 'upload', ['BraTS2020', 'BraTS2023'])
+    text = (
+        f'{len(df)} patients in {FOLDS} folds, each predicted by a network of the same recipe that was not trained on '
+        f'it. low, high: interval of the mean.\n\n{tabulate(table[table["region"].isin(config.MAIN_REGIONS)])}\n\n'
+        '`quality.json` estimates the Dice of other patients (`postprocess.readFit`); it was fitted to the same '
+        f'predictions.\n\nMade by `python -m benchmarks.weights` from {", ".join(map(str, df.index))}. **For research '
+        'and teaching, not for clinical use.**'
+    )
+    return text, fit
 
 
 def _runPart(df, output, part):
@@ -85,18 +102,16 @@ def _score(df, model, subset, file):
     if not file.exists():
         lacking = df.copy()
         lacking[[name for name in RECIPE['MODALITIES'] if name not in subset]] = None
-        scores = {}
-        for patient, (_, y, yhat) in engine.predictAll(lacking, model):
-            scores[patient] = metrics.scorePatient(y, yhat)
         with writeAtomically(file) as temporary:
-            metrics.scoreTable(scores).to_csv(temporary, index=False)
+            train.scorePatients(lacking, model).to_csv(temporary, index=False)
     return pd.read_csv(file).assign(modalities=' '.join(subset))
 
 
 def _drawCurve(df, output):
     """Return the learning curves with and without a start from the weights of fold 0, and write them and their figure.
 
-    The patients of fold 0 are scored; the smaller sets of training patients are part of the larger ones.
+    The patients of fold 0 are scored; the smaller sets of training patients are part of the larger ones. The weights
+    have seen the training patients before, but not those that are scored.
     """
     tested, folder, rows = df.iloc[::FOLDS], output / 'curve', []
     if not (folder / 'start').exists():

@@ -14,6 +14,7 @@ import config
 from atomic import writeAtomically
 from metrics.counts import confusionMatrix
 from patients.editions import withoutTime
+from patients.reading import BOX
 
 MEASURES = ('planeDice', 'planeSpread', 'entropy', 'memberDice', 'memberSpread')
 _FEWEST = 5  # patients from which a region is fitted
@@ -351,9 +352,14 @@ def writeFit(fit, file):
 def readFit(file):
     """Return the dict of `fitQuality` that `writeFit` wrote.
 
+    Args:
+        file: its path; or a model folder with `quality.json`; or 'glioma', the weights in the box.
+
     Raises:
         ValueError: the file holds something else.
     """
+    folder = next((each for each in (BOX / file, Path(file)) if each.is_dir()), None)
+    file = folder / 'quality.json' if folder else file
     try:
         fit = json.loads(Path(file).read_text())
         isFit = {'level', 'planes', 'regions'} <= set(fit)

@@ -68,7 +68,7 @@ def test_deploy_runsAsItIsWritten(home, monkeypatch):
     phantom.makeCases('patients', 2, shape=(40, 40, 16))
     trainForOneEpoch(patients.makeFileList())
     names = {}
-    inTheBox, start, *blocks = blocksOf('docs/deploy.md')
+    inTheBox, doubt, start, *blocks = blocksOf('docs/deploy.md')
     for block in blocks:
         exec(block, names)
     found = predictor.predict(patients.makeFileList().iloc[0], 'mine')
@@ -77,6 +77,8 @@ def test_deploy_runsAsItIsWritten(home, monkeypatch):
     found = predictor.predict(patients.makeFileList().iloc[0], 'mine')
     assert (found == names['yhat'].numpy()).mean() > 0.99
     exec(inTheBox, names)
+    exec(doubt, names)
+    assert set(pd.read_csv('segmented/quality.csv')['region']) == {*config.REGIONS}
     assert names['x'].shape[1] == 4 and names['yhat'].shape == names['x'][:, 0].shape
     config.ENCODER_DEPTH = 5  # the default
     exec(start, {'config': config})
@@ -126,6 +128,36 @@ def test_experiments_runAsTheyAreWritten(home, capsys):
         exec(block, names)
     assert 'verdict' in (shown := capsys.readouterr().out) and 'fittedHigh' in shown
     assert len(list(Path(config.OUTPUT_FOLDER).glob('*/*.html'))) == 2
+
+
+@pytest.mark.slow
+def test_lesson_trainsOnWithCorrectedPatients(home, monkeypatch):
+    """The two patients with the lowest estimates are trained on, both ways are compared, and the better is packed."""
+    monkeypatch.setattr(config, 'DEMO', config.DEMO | {'DECODER_CHANNELS': (16, 8, 8)})
+    vars(config).update(config.DEMO, DEMO_SHAPE=(40, 40, 16), PLANES=('axial', 'coronal'))
+    phantom.makeCases(config.DATA_FOLDER, 1, shape=config.DEMO_SHAPE)
+    trainForOneEpoch(utils.makeFileList())
+    names = {'__name__': '__main__'}
+    for block in blocksOf('docs/lesson.md'):
+        for old, new in (
+            (', 26,', ', 11,'),
+            ('10:22', '1:8'),
+            ('22:', '8:'),
+            ('folds=3, seeds=2, steps=60', 'folds=2, seeds=1, steps=2'),
+            ('STEPS=200', 'STEPS=2'),
+        ):
+            block = block.replace(old, new)
+        exec(block, names)
+    plt.close('all')
+    quality = pd.read_csv('lesson/new/quality.csv')
+    lowest = quality.groupby('patient')['predictedDice'].mean().sort_values().index[:2]
+    known = [f'BraTS20_Training_{number:03d}' for number in range(2, 9)]
+    assert sorted(lowest) == sorted(set(names['mine'].index) - set(known))
+    assert names['new']['seg'].isna().all() and not list(home.glob('lesson/new/scores.csv'))
+    table = pd.read_csv('lesson/comparison/comparison.csv', index_col='recipe')
+    assert list(table.index) == ['anew', 'train on'] and table['verdict'].notna().all()
+    trained = set(deploy.loadModel('better').provenance['earlier'])
+    assert trained == {'BraTS20_Training_001', *known, *lowest}
 
 
 def test_hardware_cutsTheTrainingPatientsInShards(home):

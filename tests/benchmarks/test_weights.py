@@ -8,6 +8,7 @@ import deploy
 import engine
 import patients
 import phantom
+import postprocess
 import predictor
 from benchmarks import weights
 
@@ -19,18 +20,27 @@ def test_main_makesAFolderThatPredictsWithoutSomeModalities(tmp_path, monkeypatc
     vars(config).update(PATCH_SIZE=32, PATCH_STRIDE=24, LOADER_WORKERS=0, DEVICE='cpu', PREPROCESS_WORKERS=1)
     monkeypatch.setattr(weights, 'SUBSETS', [weights.SUBSETS[0], ('flair',)])
     monkeypatch.setattr(weights, 'RECIPE', {**weights.RECIPE, 'STEPS': 2, 'BATCHSIZE': 4, 'PLANES': ('axial',)})
-    phantom.makeCases(tmp_path / 'data', 8, shape=(40, 40, 16))
+    monkeypatch.setattr(weights, 'FOLDS', 2)
+    fit = {'level': 0.9, 'planes': 1, 'regions': {}}  # four patients are too few for one
+    monkeypatch.setattr(postprocess, 'fitQuality', lambda disagreement, scores: fit)
+    phantom.makeCases(tmp_path / 'data', 4, shape=(40, 40, 16))
     scores = weights.main(tmp_path / 'data', tmp_path / 'out', 1)
-    assert list(scores['patient'].unique()) == ['BraTS20_Training_002', 'BraTS20_Training_006']
+    assert list(scores['patient'].unique()) == ['BraTS20_Training_002', 'BraTS20_Training_004']
     folder = weights.main(tmp_path / 'data', tmp_path / 'out')
     assert 'out/1/last.pt: starting' not in capsys.readouterr().out.split('out/0/last.pt')[1]  # trained once
     card = (folder / 'README.md').read_text()
-    assert '8 patients in 4 folds, each predicted by a network of the same recipe that was not trained' in card
-    assert 'BraTS20_Training_008' in card and 'Modalities may be missing, but not all.' in card
+    assert '4 patients in 2 folds, each predicted by a network of the same recipe that was not trained' in card
+    assert 'BraTS20_Training_003' in card and 'Modalities may be missing, but not all.' in card
+    assert '| BraTS2023 | ET | lesionDice |' in card
+    assert postprocess.readFit(folder) == fit
     assert sorted(file.name for file in (folder / '1').iterdir()) == [
         'config.json', 'model.int8.onnx', 'model.safetensors',
     ]  # fmt: skip
     df = patients.makeFileList(tmp_path / 'data')
+    monkeypatch.setattr(weights, 'CURVE', {'sizes': (1, 2), 'seeds': 1, 'STEPS': 1})
+    curve = weights.main(tmp_path / 'data', tmp_path / 'out', 'curve')
+    assert list(curve.index) == [(name, size) for name in ('random', 'glioma') for size in (1, 2, 4)]
+    assert curve['mean'].notna().sum() == 4 and (tmp_path / 'out' / 'curve' / 'curve.png').is_file()
     paths = {'flair': df['flair'].iloc[0]}
     with pytest.warns(UserWarning, match='used where config differs'):
         yhat = engine.predict(paths, deploy.loadModel(folder))[2]
