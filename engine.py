@@ -767,7 +767,7 @@ def _look(x, isBrain, settings, multiple, predictBatch):
     area, starts, size = planWindows(some, None, settings.patchSize, multiple)
     given = x.permute(withChannels(order))[:, :, *area], torch.from_numpy(some[:, *area]), starts, size
     for slices, values in predictSlices(*given, predictBatch):
-        isFound[:, *area][slices] = (values[:, 0] < 0.5).cpu().numpy()
+        isFound[:, *area][slices] = ~(values[:, 0] >= 0.5).cpu().numpy()  # NaN too, to be told of later
     return partsOf((isFound & some).transpose(np.argsort(order)), isBrain)
 
 

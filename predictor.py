@@ -219,7 +219,7 @@ def _look(x, isBrain, numClasses, member, predictBatch):
     area, starts, size = planWindows(some, None, member['patchSize'], member['multiple'])
     image = x.transpose(withChannels(order))[:, :, *area]
     for slices, values in _predictSlices(image, some[:, *area], starts, size, numClasses, predictBatch):
-        isFound[:, *area][slices] = values[:, 0] < 0.5
+        isFound[:, *area][slices] = ~(values[:, 0] >= 0.5)  # NaN too, to be told of later
     return partsOf((isFound & some).transpose(np.argsort(order)), isBrain)
 
 

@@ -69,8 +69,8 @@ def _measureEncoder(encoder, file, df):
     for way, dtype in ways.items():
         seconds = _timeSteps(engine.makeModel(), itertools.repeat(held), dtype)
         rows.append((f'{encoder}: a step of {size} patches, {way}', 1000 * seconds, 'ms'))
+        rows.append((f'{encoder}: its memory, {way}', _peak() or NONE, 'GB'))
     alone = rows[0][1] / 1000
-    rows.append((f'{encoder}: the same, memory', _peak() or NONE, 'GB'))
     augment = batched.Batched(transforms.makeTransforms()[0])
     seconds = _timeSteps(engine.makeModel(), benchmark.makeLoader(dataset, STEPS + 2), usual, augment)
     rows.append((f'{encoder}: a step with loading and augmentation, over one without', seconds / alone, 'times'))
@@ -83,9 +83,10 @@ def _measureEncoder(encoder, file, df):
         rows.append((f'{encoder}: to compile', spent, 's'))
     rows.append((name, value, 'ms'))
     model = engine.makeModel()
+    _peak()
     times = [timing.makeTimed(lambda: engine.predict(df.iloc[0], model))() for _ in range(4)]
     rows.append((f'{encoder}: a patient, {len(config.PLANES)} planes, with reading', statistics.median(times[1:]), 's'))
-    rows.append((f'{encoder}: the same, memory', _peak() or NONE, 'GB'))
+    rows.append((f'{encoder}: its memory, a patient', _peak() or NONE, 'GB'))
     return rows
 
 
@@ -127,7 +128,9 @@ def _measureMembers(df, folder):
             begin = time.perf_counter()
             train.trainMembers(df, members, [device] * max(2, number))
             seconds = time.perf_counter() - begin
-        rows.append((f'{number} member(s) side by side on one device, {STEPS} steps each', seconds, 's'))
+        rows.append(
+            (f'{config.ENCODER_NAME}: {number} member(s) side by side on one device, {STEPS} steps each', seconds, 's')
+        )
     return rows
 
 

@@ -46,7 +46,8 @@ def main(folder, output, minutes=15, folds=4, *systems):
         patient): means over the folds; NaN where unknown.
     """
     df, output, numFolds = utils.makeFileList(folder), Path(output), folds
-    train.compare(df, OWN, numFolds, 1, minutes=minutes, output=output / 'own')
+    alone = [config.DEVICE]  # the others use one device, too
+    train.compare(df, OWN, numFolds, 1, minutes=minutes, output=output / 'own', devices=alone)
     parts = [pd.read_csv(output / 'own' / 'scores.csv', dtype={'patient': str})]
     parts[0]['minutes'] = parts[0].pop('seconds') / 60
     for name in systems or OTHERS:

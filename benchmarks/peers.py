@@ -114,7 +114,7 @@ class NnUNet:
     def prepare(self, traindf, folder):
         shutil.rmtree(folder, ignore_errors=True)  # of another fold
         for name in ('raw', 'preprocessed', 'results'):
-            os.environ[f'nnUNet_{name}'] = str(Path(folder, name))  # read when it is needed
+            os.environ[f'nnUNet_{name}'] = str(Path(folder, name))  # read when it is needed, from nnU-Net 2.8 on
         from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
         from nnunetv2.experiment_planning import plan_and_preprocess_api
 

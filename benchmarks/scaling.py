@@ -99,6 +99,8 @@ def spawnRanks(number, kind='cpu'):
 def _timeSteps(rank, number, folder, results, kind):
     torch.set_num_threads(1)
     vars(config).update(NETWORK, DEVICE='cpu' if kind == 'cpu' else f'cuda:{rank}')
+    if kind == 'cuda':
+        torch.cuda.set_device(rank)
     if number > 1:
         backend = 'gloo' if kind == 'cpu' else 'nccl'
         dist.init_process_group(backend, init_method=f'file://{folder}/meeting', rank=rank, world_size=number)

@@ -428,15 +428,16 @@ def test_predict_returnsTheTruthOfAnOracle(writeCase, shape, options, planes):
     assert torch.equal(y, yhat)
 
 
-def predictMarked(writeCase, marks, twoLooks=True):
-    """Return what an oracle predicts of a patient whose truth has class 1 in some boxes, the truth, and its pixels."""
+def predictMarked(writeCase, marks, twoLooks=True, model=None, number=1):
+    """Return the truth, with class 1 in boxes and `number` in the last, what an oracle predicts, and its pixels."""
     config.MODALITIES = ('t1', 't1ce', 't2', 'flair')
     label, image = np.zeros((96, 80, 72), np.uint8), np.zeros((4, 96, 80, 72), np.int16)
     image[:, 4:-4, 4:-4, 4:-4] = np.random.default_rng(0).integers(1, 900, (4, 88, 72, 64))
     for mark in marks:
         label[mark] = 1
+    label[marks[-1]] = number
     paths = writeCase(dict(zip(COLUMNS, (*image, label), strict=True)), PATIENTS[0])
-    model, pixels = Oracle(), []
+    model, pixels = model or Oracle(), []
     model.register_forward_pre_hook(lambda module, given: pixels.append(given[0][:, 0].numel()))
     options = {'planes': tuple(PLANES), 'twoLooks': twoLooks}
     _, y, yhat = engine.predict(paths, model, transform=addTruth, **options)
@@ -451,6 +452,18 @@ def test_predict_looksTwice(writeCase):
     assert torch.equal(yhat, expected) and yhat.sum() == 20**3 + 8**3 == y.sum() - 1
     y, yhat, numWhole = predictMarked(writeCase, (large, small, speck), twoLooks=False)
     assert torch.equal(yhat, y) and numPixels < 2 / 3 * numWhole
+
+
+def test_predict_tellsOfWhatIsNotFiniteFarFromTheTumor(writeCase):
+    """Where the first look gives NaN, the second looks too, and the error names the patient."""
+
+    class Broken(Oracle):
+        def forward(self, image):
+            return super().forward(image).where(image[:, 3:4].round() != 2, math.nan)
+
+    marks = np.s_[10:30, 10:30, 10:30], np.s_[70:78, 60:68, 50:58]
+    with pytest.raises(ValueError, match=f'{PATIENTS[0]}: the probabilities of some voxels are not finite'):
+        predictMarked(writeCase, marks, model=Broken(), number=2)
 
 
 @pytest.mark.parametrize('number', range(4, 8))
