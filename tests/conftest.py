@@ -48,6 +48,13 @@ LAYOUTS = {  # edition -> file name, columns, labels
     'Decathlon': ('Task01/{c}/BRATS_{i:03d}.nii.gz', ['imagesTr', 'labelsTr'], [0, 2, 1, 3]),
 }
 
+# Numbers with which a network is trained on phantoms within seconds
+SMALL = {
+    'PATCH_SIZE': 32, 'PATCH_STRIDE': 24, 'BATCHSIZE': 8, 'ENCODER_NAME': 'resnet18', 'ENCODER_DEPTH': 3,
+    'DECODER_CHANNELS': (16, 8, 8), 'ENCODER_WEIGHTS': None, 'LOADER_WORKERS': 0, 'DEVICE': 'cpu',
+    'PLANES': ('axial',), 'PREPROCESS_WORKERS': 1,
+}  # fmt: skip
+
 
 def pytest_collection_modifyitems(items):
     """Run the slow tests first, so that no process waits for the last one."""

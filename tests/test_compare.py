@@ -12,12 +12,7 @@ import engine
 import phantom
 import train
 import utils
-
-SMALL = {
-    'PATCH_SIZE': 32, 'PATCH_STRIDE': 24, 'BATCHSIZE': 8, 'ENCODER_NAME': 'resnet18', 'ENCODER_DEPTH': 3,
-    'DECODER_CHANNELS': (16, 8, 8), 'ENCODER_WEIGHTS': None, 'LOADER_WORKERS': 0, 'DEVICE': 'cpu',
-    'PLANES': ('axial',), 'PREPROCESS_WORKERS': 1,
-}  # fmt: skip
+from conftest import SMALL
 
 
 @pytest.fixture
