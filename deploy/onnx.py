@@ -1,5 +1,6 @@
 """Export the models of a model folder for onnxruntime, in float32 and with 8-bit integers."""
 
+import os
 import tempfile
 import warnings
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ import torch
 import config
 import metrics
 from atomic import writeAtomically
-from deploy.pack import buildMember
+from deploy.load import buildMember
 from patients.reading import hasFile, readLabel
 from predictor import INT8, Network, hashFile, loadFolder, prepare, readAbout, segment, startSession, writeAbout
 
@@ -50,8 +51,8 @@ def exportOnnx(folder, patients=None):
             file, model = Path(folder, member['folder'], 'model.onnx'), buildMember(folder, about, member, 'cpu')
             temporary = stack.enter_context(writeAtomically(file))
             _export(model, len(about['modalities']), member['multiple'], temporary)
-            runs = partial(_runTorch, model), startSession(temporary)
-            pair = [Network({**about, 'members': [member]}, [run]) for run in runs]
+            own = {**about, 'members': [member]}
+            pair = Network(own, [partial(_runTorch, model)]), Network(own, [startSession(temporary)], os.cpu_count())
             largest = max(largest, *(_compare(case, pair, file) for case in cases))
             about['files'][f'{member["folder"]}/model.onnx'] = hashFile(temporary)
     about['onnx'] = {'opset': OPSET, 'largestDifference': largest, 'torch': torch.__version__}
@@ -91,7 +92,7 @@ def quantizeOnnx(folder, df):
         written = [stack.enter_context(writeAtomically(file.with_name(INT8))) for file in files]
         for file, patches, other in zip(files, _seenPatches(network, df[::2]), written, strict=True):
             _quantize(file, patches, other)
-        quantized = Network(about, [startSession(file) for file in written])
+        quantized = network._replace(members=[startSession(file) for file in written])
         loss = float(np.mean([_lossOf(paths, network, quantized) for _, paths in df[1::2].iterrows()]))
         if not loss <= LARGEST_LOSS:
             raise RuntimeError(
@@ -115,7 +116,7 @@ def _seenPatches(network, df):
 
     runs = [partial(runAndKeep, *pair) for pair in zip(network.members, seen, strict=True)]
     for _, paths in df.iterrows():
-        segment(*prepare(paths, network.about), Network(network.about, runs), twoLooks=False)
+        segment(*prepare(paths, network.about), network._replace(members=runs), twoLooks=False)
     return seen
 
 

@@ -4,23 +4,19 @@ import functools
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
-
-import safetensors.torch
-import segmentation_models_pytorch as smp
 
 import config
 from checkpoints import loadModel as loadCheckpointModel
 from checkpoints import readCheckpoint
 from deploy.card import writeCard
-from engine import buildModel
-from patients.cohort import startFolder
+from deploy.onnx import exportOnnx, quantizeOnnx
 from patients.editions import labelsFrom
 from patients.parallel import forEachPatient
-from patients.reading import BOX, voxelChecksums
-from postprocess.components import Tuning
+from patients.reading import hasFile, voxelChecksums
 from predictor import FORMAT, hashFile, readAbout, writeAbout
-from provenance import asEarlier, configured, differences, plain, seenBy, unwrap
+from provenance import configured, differences, seenBy
 
 _SETTINGS = ('model', 'ENCODER_NAME', 'ENCODER_DEPTH', 'DECODER_CHANNELS', 'NO_CLASSES')
 _SHARED = ('modalities', 'classes', 'stretching')  # what members of an ensemble must have in common
@@ -34,16 +30,20 @@ def packModel(checkpoints, folder, df=None, scores=None, rules=None, half=False)
     - `config.json`: the input settings, classes, labels, rules of post-processing, checksums of the files, and the ids
       of the training patients, so that they are never scored;
     - `README.md`: a model card, which you may complete and edit;
-    - for each member a folder with `config.json` and `model.safetensors`, which `smp.from_pretrained` reads.
+    - for each member a folder with `config.json` and `model.safetensors`, which `smp.from_pretrained` reads;
+    - with `df`, the ONNX files for `predictor.py`, as `exportOnnx` and `quantizeOnnx` write them; or a line says why
+      not: onnx or onnxruntime is not installed, too few patients have a truth, or the networks differ too much.
 
-    The folder appears when it is complete. If it exists with the same content, nothing is written.
+    The folder appears when it is complete but for the ONNX files. If it exists with the same content, nothing is
+    written.
 
     Args:
         checkpoints: path of a checkpoint such as `config.RESULT_CHECKPOINT`, or a list of them, the members of an
             ensemble.
         folder: path of the folder to write.
         df: file list with the patients of the training. Their grades come on the card; checksums of their voxels into
-            `config.json`, so that they are recognised under other names, as those of another year.
+            `config.json`, so that they are recognised under other names, as those of another year. Of those with a
+            true segmentation, the first eight are for `quantizeOnnx`.
         scores: of patients that were not trained on, as `postprocess.scoreFolder` or `predictFolder` returns them, for
             the card.
         rules: `Tuning` that `postprocess.tunePostprocessing` returned; None: no post-processing.
@@ -71,10 +71,24 @@ def packModel(checkpoints, folder, df=None, scores=None, rules=None, half=False)
         if folder.exists() and any(folder.iterdir()):
             _checkIsSame(folder, about)
             print(f'{folder} exists with the same models.')
-            return
-        os.replace(temporary, folder)
+        else:
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if df is not None and not readAbout(folder, ())['onnx']:
+        _addNetworks(folder, df)
+
+
+def _addNetworks(folder, df):
+    """Write the networks for `predictor.py`, or say why not."""
+    if absent := [name for name in ('onnx', 'onnxruntime') if find_spec(name) is None]:
+        print(f'{folder} has no ONNX files: pip install {" ".join(absent)}, then call deploy.exportOnnx.')
+        return
+    try:
+        exportOnnx(folder, df[:1])
+        quantizeOnnx(folder, df[[hasFile(paths, 'seg') for _, paths in df.iterrows()]][:8])
+    except (RuntimeError, ValueError) as error:
+        print(error)
 
 
 def _writeMembers(paths, temporary, half):
@@ -161,81 +175,3 @@ def _checkIsSame(folder, about):
     files = {name: value for name, value in before['files'].items() if not name.endswith('.onnx')}
     if json.loads(json.dumps(about)) != {**before, 'files': files, 'onnx': None}:
         raise ValueError(f'{folder} holds other models or settings. Choose another folder, or delete it.')
-
-
-def loadModel(folder):
-    """Return the model of a folder, or the list of its members, on `config.DEVICE`, for `engine.predict`.
-
-    `config.NO_CLASSES` has to be that of the training. No code of the folder is run.
-
-    Args:
-        folder: that `packModel` wrote.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is missing, was changed, or was copied in part.
-    """
-    about = readAbout(folder, ('.safetensors', '.json'))
-    models = []
-    for member in about['members']:
-        model = buildMember(folder, about, member, config.DEVICE)
-        model.provenance = asEarlier(member['provenance'])
-        models.append(model)
-    return models if len(models) > 1 else models[0]
-
-
-def pretrained():
-    """Return the model of the weights in the box, `weights/glioma`, for `engine.predict`; its card says what it is."""
-    return loadModel(BOX / 'glioma')
-
-
-def startFrom(model):
-    """Copy the weights of `config.START` into a model that is going to be trained; if it is None, do nothing.
-
-    The channels of the first layer are those of the modalities' names. With another number of classes, the last layer
-    keeps its own weights. `model.provenance` keeps the patients that the weights were trained on.
-
-    Args:
-        model: that `config` describes.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such folder, or it is not whole; it has several networks, or another
-            architecture than `config`; or it does not know one of `config.MODALITIES`.
-    """
-    if config.START is None:
-        return
-    folder = startFolder()
-    about = readAbout(folder, ('.safetensors',))
-    if len(about['members']) > 1:
-        raise ValueError(f'{folder} has {len(about["members"])} networks; a training can start from one.')
-    [member], known, kind = about['members'], about['modalities'], type(unwrap(model)).__name__
-    if kind != member['settings']['model']:
-        raise ValueError(f'config.START, {folder}, is a {member["settings"]["model"]}, not a {kind}.')
-    if unknown := [modality for modality in config.MODALITIES if modality not in known]:
-        raise ValueError(f'config.START, {folder}, has the channels {", ".join(known)}; not {", ".join(unknown)}.')
-    needed = {name: value for name, value in member['settings'].items() if name in _SETTINGS[1:-1]}
-    if other := [f'{name} = {value!r}' for name, value in needed.items() if value != plain(getattr(config, name))]:
-        raise ValueError(f'config.START, {folder}, has another network: set config.{", config.".join(other)}.')
-    weights = safetensors.torch.load_file(folder / member['folder'] / 'model.safetensors')
-    own = unwrap(model).state_dict()
-    first = next(name for name, each in own.items() if name.startswith('encoder.') and each.ndim == 4)
-    weights[first] = weights[first][:, [known.index(modality) for modality in config.MODALITIES]]
-    unwrap(model).load_state_dict({**own, **{name: w for name, w in weights.items() if w.shape == own[name].shape}})
-    changed = {'modalities': plain(config.MODALITIES), 'classes': plain(config.CLASS_NAMES)}
-    earlier = asEarlier(member['provenance'])
-    unwrap(model).provenance = {**earlier, 'settings': {**earlier['settings'], **changed}}
-
-
-def buildMember(folder, about, member, device):
-    """Return the model of a member, in evaluation mode; raise a ValueError if its class is not a model of smp."""
-    kind = getattr(smp, member['settings']['model'], None)
-    if not (isinstance(kind, type) and issubclass(kind, smp.base.SegmentationModel)):
-        raise ValueError(f'{folder} has a {member["settings"]["model"]}; a model class of smp was expected.')
-    model = buildModel(member['settings']['model'], member['settings'], len(about['modalities']))
-    model.load_state_dict(safetensors.torch.load_file(Path(folder, member['folder'], 'model.safetensors')))
-    return model.to(device).eval()
-
-
-def loadRules(folder):
-    """Return the `Tuning` of a folder, for `postprocess.predictFolder`; None if it has none."""
-    rules = readAbout(folder, ())['rules']
-    return rules and Tuning(N=rules['N'], ml=rules['ml'], kind=rules['kind'])

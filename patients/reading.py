@@ -193,17 +193,23 @@ def readCase(paths, modalities=None, mayLack=False):
             grid than the first modality, or has a label unknown to its edition. Patient and file are named.
     """
     wanted = list(config.MODALITIES if modalities is None else modalities)
-    found = [each for each in wanted if hasFile(paths, each)] if mayLack else wanted
-    if not found:
-        raise FileNotFoundError(f'{patientOf(paths)} has no modality; one of {", ".join(wanted)} was expected.')
-    if missing := [each for each in wanted if each not in found]:
-        print(f'{patientOf(paths)} is predicted without {", ".join(missing)}.')
+    found = findModalities(paths, wanted, mayLack)
     label, *volumes = readVolumes(paths, found)
     # memory order of the files (first axis fastest): transposing takes longer than reading
     image = np.zeros((len(wanted), *volumes[0].shape[::-1]), np.float32).transpose(0, 3, 2, 1)
     for modality, volume in zip(found, volumes, strict=True):
         image[wanted.index(modality)] = volume
     return image, None if label is None else np.asfortranarray(label)
+
+
+def findModalities(paths, wanted, mayLack):
+    """Return the modalities to read, a list: all that are wanted, or those that a patient has; see `readCase`."""
+    found = [each for each in wanted if hasFile(paths, each)] if mayLack else list(wanted)
+    if not found:
+        raise FileNotFoundError(f'{patientOf(paths)} has no modality; one of {", ".join(wanted)} was expected.')
+    if missing := [each for each in wanted if each not in found]:
+        print(f'{patientOf(paths)} is predicted without {", ".join(missing)}.')
+    return found
 
 
 def readVolumes(paths, modalities=None):

@@ -94,6 +94,14 @@ def boundingBox(mask):
     return tuple(slice(int(found[0]), int(found[-1]) + 1) for found in numbers)
 
 
+def boxOfAll(masks):
+    """Return the slices of the smallest box that holds all True voxels of some masks, each of which has some."""
+    boxes = [boundingBox(mask) for mask in masks]
+    return tuple(
+        slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes, strict=True)
+    )
+
+
 def planWindows(isBrain, patchStride, patchSize, multiple):
     """Return the part of each slice to predict (two slice objects), the windows' (row, column) starts in it, and size.
 
@@ -122,11 +130,23 @@ def within(inner, outer):
 
 
 def everyThird(mask):
-    """Return a mask (D, H, W) of every third slice of another, of those that are not empty."""
+    """Return the numbers of every third slice of a mask (D, H, W), of those that are not empty."""
     numbers = np.flatnonzero(mask.any((1, 2)))
-    some = np.zeros_like(mask)
-    some[numbers[min(1, len(numbers) - 1) :: 3]] = True
-    return some & mask
+    return numbers[min(1, len(numbers) - 1) :: 3].tolist()
+
+
+def everySecond(mask):
+    """Return the numbers of every second slice of a mask (D, H, W), from its first to its last that is not empty."""
+    side = boundingBox(mask)[0]
+    return [*range(side.start, side.stop - 1, 2), side.stop - 1]
+
+
+def fillBetween(values):
+    """Give the slices between those of `everySecond` the mean of their neighbours, in place; array or tensor (D, ...).
+
+    D is their number from the first to the last.
+    """
+    values[1:-1:2] = (values[:-2:2] + values[2::2]) / 2
 
 
 def partsOf(isFound, isBrain):
@@ -167,7 +187,7 @@ def _meet(one, other):
     return (one[0] < other[1]).all() and (other[0] < one[1]).all()
 
 
-def groupWindows(isBrain, starts, size, batchSize):
+def groupWindows(isBrain, starts, size, batchSize, numbers=None):
     """Yield lists of the windows that hold brain, as (slice, row, column).
 
     Args:
@@ -175,11 +195,14 @@ def groupWindows(isBrain, starts, size, batchSize):
         starts: (row, column) of each window.
         size: height and width of a window.
         batchSize: number of windows in a list; more only where one slice has more, as a slice's stay together.
+        numbers: list of the slices; None: all.
     """
     (height, width), group = size, []
-    for number, mask in enumerate(isBrain):
+    for number in range(len(isBrain)) if numbers is None else numbers:
         windows = [
-            (number, row, column) for row, column in starts if mask[row : row + height, column : column + width].any()
+            (number, row, column)
+            for row, column in starts
+            if isBrain[number, row : row + height, column : column + width].any()
         ]
         if group and windows and len(group) + len(windows) > batchSize:
             yield group

@@ -13,7 +13,7 @@ from patients.editions import CAVITY, COLUMNS, labelsOf
 from patients.reading import detectEdition, firstFile
 
 
-def saveSegmentation(yhat, paths, file, labels=None):
+def saveSegmentation(yhat, paths, file, labels=None, remark=''):
     """Write a segmentation as the challenge accepts it: on the grid of the patient's images, in the edition's labels.
 
     Args:
@@ -24,6 +24,7 @@ def saveSegmentation(yhat, paths, file, labels=None):
             first of `config.MODALITIES` that the patient has.
         file: path to write, `.nii.gz` or `.nii`; uint8 without scaling.
         labels: class -> label, in place of those of the edition.
+        remark: text of up to 79 characters for the header's field `descrip`.
 
     Raises:
         ValueError: `yhat` has another shape than the images or other classes, or `file` another ending.
@@ -46,7 +47,7 @@ def saveSegmentation(yhat, paths, file, labels=None):
         warnings.warn(f'{file}: {text}; {edition} has no label for it.', stacklevel=2)
     table = np.zeros(max(labels) + 1, np.uint8)
     table[list(labels)] = list(labels.values())
-    _saveOnGrid(table[classes], paths, file)
+    _saveOnGrid(table[classes], paths, file, remark)
 
 
 def saveProbabilities(probability, paths, file):
@@ -69,7 +70,7 @@ def saveProbabilities(probability, paths, file):
     _saveOnGrid(entropy.clip(0, 1).astype(np.float32), paths, f'{stem}_entropy.nii.gz')
 
 
-def _saveOnGrid(values, paths, file):
+def _saveOnGrid(values, paths, file, remark=''):
     """Write values (D, W, H) or (D, W, H, K) in the axis order, grid and codes of a patient's images."""
     if not str(file).endswith(('.nii', '.nii.gz')):
         raise ValueError(f'{file}: a file name that ends in .nii or .nii.gz was expected.')
@@ -79,6 +80,7 @@ def _saveOnGrid(values, paths, file):
     if stored.shape[:3] != source.shape[:3]:
         raise ValueError(f'{file}: the volume has the shape {stored.shape[:3]}, the images have {source.shape[:3]}.')
     header = nib.Nifti1Header()
+    header['descrip'] = remark.encode()
     header.set_data_dtype(values.dtype)
     header.set_data_shape(stored.shape)
     header['pixdim'][:4] = source.header['pixdim'][:4]

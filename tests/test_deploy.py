@@ -1,5 +1,7 @@
 """A model folder needs no configuration, is whole or refused, and predicts elsewhere what torch predicts here."""
 
+import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -364,7 +366,8 @@ def test_main_predictsAPatientWithOwnNames(tmp_path, paths, capsys):
     assert snap[1] == '0 0 0 0 0 0 0 "background"' and snap[4:] == ['4 224 48 30 1 1 1 "enhancing tumor"']
     assert slicer[1] == '0 background 0 0 0 0' and slicer[4:] == ['4 enhancing_tumor 224 48 30 255']
     expected = postprocess.applyRules(predictor.predict(paths, folder), rules)
-    patients.saveSegmentation(expected, paths, tmp_path / 'expected.nii.gz')
+    remark = named.header['descrip'].item().decode()
+    patients.saveSegmentation(expected, paths, tmp_path / 'expected.nii.gz', remark=remark)
     assert (tmp_path / 'expected.nii.gz').read_bytes() == (tmp_path / 'named.nii.gz').read_bytes()
 
 
@@ -381,12 +384,63 @@ def test_main_predictsAsTheRulesWereTunedOnTheGridOfItsImages(tmp_path, paths, c
     np.testing.assert_array_equal(nib.load(tmp_path / 'out.nii.gz').affine, np.eye(4))
     row = {name: str(given[name]) for name in used}
     yhat = postprocess.applyRules(predictor.predict(row, folder, **options), rules)
-    patients.saveSegmentation(yhat, row, tmp_path / 'expected.nii.gz', {0: 0, 1: 1, 2: 2, 3: 4})
+    remark = nib.load(tmp_path / 'out.nii.gz').header['descrip'].item().decode()
+    patients.saveSegmentation(yhat, row, tmp_path / 'expected.nii.gz', {0: 0, 1: 1, 2: 2, 3: 4}, remark)
     assert (tmp_path / 'expected.nii.gz').read_bytes() == (tmp_path / 'out.nii.gz').read_bytes()
     other = exportModel(tmp_path / 'other', file, rules=rules._replace(kind=components.kindOf(planes=['axial'])))
     with pytest.raises(SystemExit):
         predictor.main([other, *words, str(tmp_path / 'none.nii.gz')])
     assert 'planes' in capsys.readouterr().err and not (tmp_path / 'none.nii.gz').exists()
+
+
+def test_main_predictsAFolderAndGoesOn(tmp_path, capsys):
+    """Each patient as by itself; a bad one is named; what is there is kept, unless the images or networks are newer."""
+    phantom.makeCases(tmp_path / 'data', 3, shape=(40, 44, 20))
+    folder, out = exportModel(tmp_path / 'folder', writeCheckpoint('a.pt')), tmp_path / 'out'
+    first, bad, last = (paths for _, paths in patients.makeFileList(tmp_path / 'data').iterrows())
+    Path(bad['t2']).write_bytes(b'no image')
+    with pytest.raises(SystemExit, match='1'):
+        predictor.main([folder, str(tmp_path / 'data'), str(out)])
+    assert f'1 of 3 patients are not segmented:\n{bad.name}: {bad["t2"]} cannot be used' in capsys.readouterr().err
+    files = [out / f'{paths.name}.nii.gz' for paths in (first, last)]
+    assert sorted(out.iterdir()) == sorted(
+        [*files, *(out / f'labels_0-1-2-4_{e}' for e in ('itksnap.txt', 'slicer.ctbl'))]
+    )
+    for file, paths in zip(files, (first, last), strict=True):
+        patients.saveSegmentation(predictor.predict(paths, folder), paths, tmp_path / 'one.nii.gz')
+        np.testing.assert_array_equal(*(np.asarray(nib.load(each).dataobj) for each in (file, tmp_path / 'one.nii.gz')))
+    shutil.rmtree(Path(bad['t2']).parent)
+    written = {file: file.stat().st_mtime_ns for file in files}
+    predictor.main([folder, str(tmp_path / 'data'), str(out)])
+    assert '2 segmentations by the same networks are kept' in capsys.readouterr().out
+    os.utime(first['t2'])
+    predictor.main([folder, str(tmp_path / 'data'), str(out)])
+    assert [file.stat().st_mtime_ns == time for file, time in written.items()] == [False, True]
+    capsys.readouterr()
+    other = exportModel(tmp_path / 'other', writeCheckpoint('b.pt', seed=1))
+    predictor.main([other, str(tmp_path / 'data'), str(out)])
+    assert 'kept' not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        predictor.main([folder, str(tmp_path / 'data'), str(tmp_path / 'a.nii.gz')])
+    assert 'a.nii.gz: there are 2 patients; name a folder for them, not a file' in capsys.readouterr().err
+
+
+def test_packModel_addsTheNetworksOfThePredictor(tmp_path, monkeypatch, capsys):
+    """With patients, the folder is complete for the predictor; without onnxruntime, a line says how to complete it."""
+    pytest.importorskip('onnxruntime')
+    phantom.makeCases(tmp_path / 'data', 2, shape=(40, 44, 20))
+    df, file = patients.makeFileList(tmp_path / 'data'), writeCheckpoint('a.pt')
+    monkeypatch.setattr(deploy.pack, 'find_spec', lambda name: None)
+    deploy.packModel(file, tmp_path / 'folder', df)
+    assert 'folder has no ONNX files: pip install onnx onnxruntime, then' in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(deploy.onnx, 'LARGEST_LOSS', 1)  # of an untrained network
+    deploy.packModel(file, tmp_path / 'folder', df)
+    about = predictor.readAbout(tmp_path / 'folder', '.onnx')
+    assert about['onnx']['int8']['patients'] == 1 and '1/model.int8.onnx' in about['files']
+    deploy.packModel(file, tmp_path / 'one', df[:1])
+    assert 'Two patients or more with a true segmentation were expected' in capsys.readouterr().out
+    assert 'int8' not in predictor.readAbout(tmp_path / 'one', '.onnx')['onnx']
 
 
 def test_main_namesNoLabelThatIsNotWritten(tmp_path, paths, capsys):

@@ -419,7 +419,7 @@ def test_predict_returnsTheTruthOfAnOracle(writeCase, shape, options, planes):
     paths, label = makePatient(writeCase, shape)
     config.MODALITIES = ('t1', 't1ce', 't2', 'flair')
     config.PREDICT_BATCH = 3
-    options = {**options, 'planes': planes, 'probabilities': True}
+    options = {**options, 'planes': planes, 'probabilities': True, 'twoLooks': False}
     x, y, yhat, probability = engine.predict(paths, Oracle(), transform=addTruth, **options)
     assert x.shape == (shape[2], 4, *shape[:2]) and x.dtype == torch.float32
     assert y.shape == yhat.shape == (shape[2], *shape[:2]) and y.dtype == yhat.dtype == torch.int64
@@ -445,13 +445,14 @@ def predictMarked(writeCase, marks, twoLooks=True, model=None, number=1):
 
 
 def test_predict_looksTwice(writeCase):
-    """Two tumors are predicted in their boxes, a speck far from both is not, and a third of the pixels are left out."""
+    """Two tumors are predicted in their boxes but for a corner, a speck far from both is not, with half the pixels."""
     large, small, speck = np.s_[10:30, 10:30, 10:30], np.s_[70:78, 60:68, 50:58], np.s_[80, 12, 20]
     _, expected, _ = predictMarked(writeCase, (large, small))
     y, yhat, numPixels = predictMarked(writeCase, (large, small, speck))
-    assert torch.equal(yhat, expected) and yhat.sum() == 20**3 + 8**3 == y.sum() - 1
+    assert torch.equal(yhat, expected) and (yhat <= y).all()
+    assert 20**3 + 8**3 - 2 <= yhat.sum() <= 20**3 + 8**3 == y.sum() - 1
     y, yhat, numWhole = predictMarked(writeCase, (large, small, speck), twoLooks=False)
-    assert torch.equal(yhat, y) and numPixels < 2 / 3 * numWhole
+    assert torch.equal(yhat, y) and numPixels < numWhole / 2
 
 
 def test_predict_tellsOfWhatIsNotFiniteFarFromTheTumor(writeCase):
@@ -486,19 +487,24 @@ class Lean(torch.nn.Module):
         return place * self.scale[:, None, None]
 
 
-def test_predict_averagesThePlanes(writeCase, inFloat32):
-    """Probabilities of several planes are the mean of each plane's, computed by hand on the turned volume's box."""
+@pytest.mark.parametrize('twoLooks', [False, True])
+def test_predict_averagesThePlanes(writeCase, inFloat32, monkeypatch, twoLooks):
+    """Probabilities are the mean of each plane's, by hand; in a second look, of every second slice of each plane."""
     paths, _ = makePatient(writeCase, (70, 36, 20))
+    monkeypatch.setattr(engine, '_look', lambda x, isBrain, *others: [isBrain])
     model, planes = Lean(), ('axial', 'coronal', 'sagittal')
-    x, _, yhat, found = engine.predict(paths, model, probabilities=True, planes=planes)
+    x, _, yhat, found = engine.predict(paths, model, probabilities=True, planes=planes, twoLooks=twoLooks)
     box = x[1:-1, :, 5:60, 3:-1]  # the brain's bounding box
     turned = {'axial': box, 'coronal': box.permute(3, 1, 2, 0), 'sagittal': box.permute(2, 1, 3, 0)}
     back = {'axial': (0, 1, 2, 3), 'coronal': (3, 1, 2, 0), 'sagittal': (3, 1, 0, 2)}
-    with torch.inference_mode():
+    with torch.no_grad():
         expected = {name: model(turned[name]).softmax(1).permute(back[name]) for name in planes}
     for name in planes:
         single = engine.predict(paths, model, probabilities=True, planes=[name])[3]
         torch.testing.assert_close(single[1:-1, :, 5:60, 3:-1], expected[name], atol=1e-5, rtol=0)
+        slices = expected[name].movedim({'axial': 0, 'coronal': 3, 'sagittal': 2}[name], 0)
+        for number in range(1, len(slices) - 1, 2) if twoLooks else ():
+            slices[number] = (slices[number - 1] + slices[number + 1]) / 2
     mean = sum(expected.values()) / 3
     torch.testing.assert_close(found[1:-1, :, 5:60, 3:-1], mean, atol=1e-5, rtol=0)
     assert torch.equal(yhat[1:-1, 5:60, 3:-1], mean.argmax(1)) and (yhat[:, :5] == 0).all()

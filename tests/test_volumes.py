@@ -1,6 +1,8 @@
 """The boxes of a second look, by hand and by chance."""
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -14,6 +16,28 @@ def masksOf(boxes, shape=(64, 64, 64)):
     for box in boxes:
         mask[box] = True
     return mask, np.ones(shape, bool)
+
+
+@pytest.mark.parametrize(
+    ('count', 'kept', 'filled'),
+    [
+        (1, [0], [0]),
+        (2, [0, 1], [0, 1]),
+        (5, [0, 2, 4], [0, 2, 4, 10, 16]),
+        (6, [0, 2, 4, 5], [0, 2, 4, 10, 16, 25]),
+    ],
+)
+def test_everySecond_andWhatIsBetween(count, kept, filled):
+    """The first, third, ... and last slice of a mask are kept; one between has the mean of its neighbours."""
+    mask = np.zeros((9, 2, 2), bool)
+    mask[3 : 3 + count] = True
+    assert volumes.everySecond(mask) == [3 + number for number in kept]
+    for make in (np.zeros, torch.zeros):
+        values = make((count, 1, 2))
+        for number in kept:
+            values[number] = number**2
+        volumes.fillBetween(values)
+        assert values[:, 0, 1].tolist() == filled
 
 
 def test_partsOf_hasABoxForEachPart():
