@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import h5py
+import hdf5plugin  # noqa: F401 - decompresses the patches
 import numpy as np
 import psutil
 import torch

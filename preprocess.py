@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import h5py
+import hdf5plugin
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
@@ -44,7 +45,8 @@ def makeDataset(dataframe, filename, transform=None, part=None):
     names the classes that no patch has.
 
     The file has these datasets (128 stands for `config.PATCH_SIZE`):
-    - `image` (N, C, 128, 128), float16 if all values lie in [-1, 1], else float32; one patch per chunk;
+    - `image` (N, C, 128, 128), float16 if all values lie in [-1, 1], else float32; one patch per chunk, compressed by
+      Zstandard, so that another program has to import hdf5plugin to read it;
     - `label` (N, 128, 128), uint8 classes; one patch per chunk;
     - `patient`, `plane`, `slice`, `row`, `column` (N,), int32: where each patch comes from. `patient` and `plane` are
       indices into the provenance's lists;
@@ -217,7 +219,7 @@ def _writePatches(path, dataframe, transform, dtype, provenance, known):
     # no lock of HDF5: it would come after the file was emptied; `writeAtomically` holds one
     with h5py.File(path, 'w', rdcc_nbytes=0, locking=False) as file:
         for name, kind in zip(_DATASETS, (dtype, np.uint8), strict=True):
-            _createDataset(file, name, shapes[name], kind, compression='lzf')
+            _createDataset(file, name, shapes[name], kind, **hdf5plugin.Zstd(clevel=1))
         for name in _ORIGINS:
             _createDataset(file, name, (), np.int32)
         options = {'transform': transform, 'dtype': dtype, 'settings': provenance['settings']}
