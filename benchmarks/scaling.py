@@ -1,8 +1,10 @@
 """Measure how cutting, predicting and scoring patients scale over threads, processes and Dask, and what DDP costs.
 
     python -m benchmarks.scaling [PATIENTS]
+    python -m benchmarks.scaling FOLDER
 
-Each worker has one thread of torch. Workers are started before the time is taken.
+PATIENTS is a number of phantoms. Each worker has one thread of torch, and is started before the time is taken. With
+FOLDER, a folder of patients, 1, 4, 16, ... of them are cut, predicted and scored by one worker: is it linear?
 """
 
 import contextlib
@@ -12,13 +14,16 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import joblib
+import pandas as pd
 import torch
 import torch.distributed as dist
 
 import config
+import deploy
 import engine
 import phantom
 import postprocess
@@ -58,6 +63,50 @@ def main(numPatients=4):
         postprocess.predictFolder(df, model, folder / 'done')
         print(formatTable(benchPatients('scoring', df, score, folder)), flush=True)
     print(formatTable(benchRanks()))
+
+
+def benchSizes(folder):
+    """Print, and return, seconds and GB for growing numbers of the patients of a folder, by one worker.
+
+    `GB` is by how much the memory of a fresh process grows at most while it cuts, predicts and scores.
+    """
+    df, rows = utils.makeFileList(folder), []
+    for size in sorted({min(4**power, len(df)) for power in range(8)}):
+        with tempfile.TemporaryDirectory() as place:
+            context = multiprocessing.get_context('spawn')
+            results = context.SimpleQueue()
+            worker = context.Process(target=_workOn, args=(df[:size], Path(place), results))
+            worker.start()
+            rows.append({'patients': size, **results.get()})
+            worker.join()
+    table = pd.DataFrame(rows)
+    print(table.round(2).to_string(index=False))
+    return table
+
+
+def _workOn(df, folder, results):
+    """Cut, predict and score patients; put the seconds of each patient, the memory and the size of the patches."""
+    torch.set_num_threads(1)
+    settings, found = {'DEVICE': 'cpu', 'PREPROCESS_WORKERS': 1}, {}
+
+    def work():
+        for stage, function in stages.items():
+            begin = time.perf_counter()
+            function()
+            found[f'{stage}, s a patient'] = (time.perf_counter() - begin) / len(df)
+
+    vars(config).update(settings, MODALITIES=('t1', 't1ce', 't2', 'flair'))
+    model = deploy.pretrained()
+    model.provenance |= {'patients': {}, 'earlier': {}, 'voxels': {}}  # patients of the training would not be scored
+    stages = {
+        'cut': functools.partial(preprocess.makeDataset, df, str(folder / 'train.h5')),
+        'predict': functools.partial(postprocess.predictFolder, df, model, folder / 'out'),
+        'score': functools.partial(postprocess.scoreFolder, df, folder / 'out' / 'upload'),
+    }
+    with warnings.catch_warnings(action='ignore'):  # of planes other than those of config
+        found['GB'] = timing.measurePeak(settings, work)
+    found['patches, MB a patient'] = (folder / 'train.h5').stat().st_size / 1e6 / len(df)
+    results.put(found)
 
 
 def benchPatients(stage, df, work, folder, rounds=3):
@@ -119,4 +168,7 @@ def _timeSteps(rank, number, folder, results, kind):
 
 
 if __name__ == '__main__':
-    main(*map(int, sys.argv[1:2]))
+    if len(sys.argv) > 1 and not sys.argv[1].isdigit():
+        benchSizes(sys.argv[1])
+    else:
+        main(*map(int, sys.argv[1:2]))
