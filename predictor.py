@@ -406,7 +406,7 @@ def predictFolder(patients, folder, out):
     patients = {each: _imagesOf(paths, network.about) for each, paths in patients.items()}
     waiting = deque(each for each, paths in patients.items() if not _isCurrent(files[each], paths, remark))
     if numKept := len(patients) - len(waiting):
-        print(f'{numKept} segmentations by the same networks are kept.')
+        print(f'{numKept} of {len(patients)} patients were segmented before by the same networks.')
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         reading, writing = deque(), None
         while waiting or reading:

@@ -87,7 +87,7 @@ def _addNetworks(folder, df):
     try:
         exportOnnx(folder, df[:1])
         quantizeOnnx(folder, df[[hasFile(paths, 'seg') for _, paths in df.iterrows()]][:8])
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         print(error)
 
 

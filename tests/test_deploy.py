@@ -412,14 +412,14 @@ def test_main_predictsAFolderAndGoesOn(tmp_path, capsys):
     shutil.rmtree(Path(bad['t2']).parent)
     written = {file: file.stat().st_mtime_ns for file in files}
     predictor.main([folder, str(tmp_path / 'data'), str(out)])
-    assert '2 segmentations by the same networks are kept' in capsys.readouterr().out
+    assert '2 of 2 patients were segmented before by the same networks' in capsys.readouterr().out
     os.utime(first['t2'])
     predictor.main([folder, str(tmp_path / 'data'), str(out)])
     assert [file.stat().st_mtime_ns == time for file, time in written.items()] == [False, True]
     capsys.readouterr()
     other = exportModel(tmp_path / 'other', writeCheckpoint('b.pt', seed=1))
     predictor.main([other, str(tmp_path / 'data'), str(out)])
-    assert 'kept' not in capsys.readouterr().out
+    assert 'before' not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         predictor.main([folder, str(tmp_path / 'data'), str(tmp_path / 'a.nii.gz')])
     assert 'a.nii.gz: there are 2 patients; name a folder for them, not a file' in capsys.readouterr().err

@@ -20,7 +20,7 @@ import preprocess
 import utils
 
 NUM_KILLS = int(os.environ.get('NUM_KILLS', 1))  # of each variant; set more to search longer
-EPOCHS = 3
+EPOCHS = 2
 
 
 def runScript(data, folder, workers, isBatched):

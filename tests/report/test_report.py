@@ -125,6 +125,14 @@ def test_writeReport_showsVolumesAndScores(folder):
     assert f'{summary.loc[("WT", "dice"), "mean"]:.3f}' in page.text
 
 
+def test_writeReport_leavesOutPlanesIfThereAreTooMany(folder, monkeypatch):
+    """Of four patients, the first two keep their planes, all keep their row, and the page says so."""
+    monkeypatch.setattr(report.report, '_MOST', 2)
+    page = Page(report.writeReport(folder))
+    assert len(page.rows) == 4 and sum(name.startswith('case-') for name in page.scripts) == 2
+    assert page.case(nameOf(1)) and page.case(nameOf(2)) and 'The planes of 2 patients are left out' in page.text
+
+
 def test_writeReport_drawsTheCohort(folder, monkeypatch):
     """Three charts as SVG inside the page where there is a truth, one without; a figure is not left open."""
     monkeypatch.undo()
