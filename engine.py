@@ -772,7 +772,7 @@ def _look(x, isBrain, settings, multiple, predictBatch):
     area, starts, size = planWindows(mask, None, settings.patchSize, multiple)
     image = x.permute(withChannels(PLANES[settings.planes[0]]))[:, :, *area]
     for slices, values in predictSlices(image, mask[:, *area], starts, size, predictBatch, numbers):
-        isFound[:, *area][slices] = ~(values[:, 0] >= 0.5).cpu().numpy()  # NaN too, to be told of later
+        isFound[:, *area][slices] = ~(values[:, 0] >= 0.5).cpu().numpy()  # NaN too, so that it is looked at again
     isFound[numbers] &= mask[numbers]
     return partsOf(isFound.transpose(np.argsort(PLANES[settings.planes[0]])), isBrain)
 

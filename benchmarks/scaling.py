@@ -77,8 +77,10 @@ def benchSizes(folder):
             results = context.SimpleQueue()
             worker = context.Process(target=_workOn, args=(df[:size], Path(place), results))
             worker.start()
-            rows.append({'patients': size, **results.get()})
             worker.join()
+            if worker.exitcode != 0:
+                raise RuntimeError(f'The process for {size} patients failed; its error is above.')
+            rows.append({'patients': size, **results.get()})
     table = pd.DataFrame(rows)
     print(table.round(2).to_string(index=False))
     return table

@@ -52,6 +52,8 @@ def main(folder, output, part=None):
     with train.configured(RECIPE):
         deploy.packModel(file, folder, df, half=True)
     about = readAbout(folder, ())
+    if 'int8' not in (about['onnx'] or {}):
+        raise RuntimeError(f'{folder} has no network with 8-bit integers, for the reason above.')
     del about['files']['1/model.onnx']  # float32, which the predictor does not need beside the integers
     writeAbout(folder, about)
     Path(folder, '1', 'model.onnx').unlink()

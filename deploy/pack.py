@@ -1,4 +1,4 @@
-"""Pack trained models into a folder that predicts with its own settings, and load it."""
+"""Pack trained models into a folder that predicts with its own settings."""
 
 import functools
 import json
@@ -34,8 +34,8 @@ def packModel(checkpoints, folder, df=None, scores=None, rules=None, half=False)
     - with `df`, the ONNX files for `predictor.py`, as `exportOnnx` and `quantizeOnnx` write them; or a line says why
       not: onnx or onnxruntime is not installed, too few patients have a truth, or the networks differ too much.
 
-    The folder appears when it is complete but for the ONNX files. If it exists with the same content, nothing is
-    written.
+    The folder appears when it is complete but for the ONNX files. If it exists with the same content, only ONNX files
+    that it lacks are written.
 
     Args:
         checkpoints: path of a checkpoint such as `config.RESULT_CHECKPOINT`, or a list of them, the members of an
@@ -43,7 +43,7 @@ def packModel(checkpoints, folder, df=None, scores=None, rules=None, half=False)
         folder: path of the folder to write.
         df: file list with the patients of the training. Their grades come on the card; checksums of their voxels into
             `config.json`, so that they are recognised under other names, as those of another year. Of those with a
-            true segmentation, the first eight are for `quantizeOnnx`.
+            true segmentation, `quantizeOnnx` gets the first eight.
         scores: of patients that were not trained on, as `postprocess.scoreFolder` or `predictFolder` returns them, for
             the card.
         rules: `Tuning` that `postprocess.tunePostprocessing` returned; None: no post-processing.
@@ -75,19 +75,24 @@ def packModel(checkpoints, folder, df=None, scores=None, rules=None, half=False)
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    if df is not None and not readAbout(folder, ())['onnx']:
+    if df is not None:
         _addNetworks(folder, df)
 
 
 def _addNetworks(folder, df):
-    """Write the networks for `predictor.py`, or say why not."""
+    """Write the ONNX files that a folder lacks, or say why not."""
     if absent := [name for name in ('onnx', 'onnxruntime') if find_spec(name) is None]:
         print(f'{folder} has no ONNX files: pip install {" ".join(absent)}, then call deploy.exportOnnx.')
         return
+    found, known = readAbout(folder, ())['onnx'], df[[hasFile(paths, 'seg') for _, paths in df.iterrows()]][:8]
     try:
-        exportOnnx(folder, df[:1])
-        quantizeOnnx(folder, df[[hasFile(paths, 'seg') for _, paths in df.iterrows()]][:8])
-    except (RuntimeError, ValueError, OSError) as error:
+        if not found:
+            exportOnnx(folder, df[:1])
+        if len(known) < 2:
+            print(f'{folder} has no 8-bit integers: two patients with a true segmentation are needed.')
+        elif not found or 'int8' not in found:
+            quantizeOnnx(folder, known)
+    except RuntimeError as error:  # a network that differs too much
         print(error)
 
 

@@ -111,7 +111,8 @@ class Tuning(NamedTuple):
 def kindOf(patchStride=None, mirror=False, planes=None, twoLooks=True, **others):
     """Return the options of `engine.predict` on which the small components of a prediction depend, as plain values."""
     stride, planes = None if patchStride is None else int(patchStride), None if planes is None else list(planes)
-    return {'patchStride': stride, 'mirror': bool(mirror), 'planes': planes, 'twoLooks': bool(twoLooks)}
+    looks = {'twoLooks': bool(twoLooks), 'sliceStep': 2 if twoLooks else 1}
+    return {'patchStride': stride, 'mirror': bool(mirror), 'planes': planes, **looks}
 
 
 def applyRules(yhat, rules, spacing=(1, 1, 1), kind=None):

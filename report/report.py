@@ -40,7 +40,7 @@ def writeReport(folder, dataframe=None, file=None):
     The page has a row per patient with a thumbnail, volumes, scores where there is a truth, and warnings; a click opens
     three planes with prediction and truth. Nothing is loaded from the network. Scores are computed anew from the files.
     A patient that cannot be used has a row with the reason. Of many patients, the first 300 in the page's order have
-    their planes.
+    planes and details.
 
     Args:
         folder: holds `<patient>.nii.gz` or `.nii` in the labels of the patient's edition, or has them in `upload`, as
@@ -64,7 +64,7 @@ def writeReport(folder, dataframe=None, file=None):
     work = functools.partial(describeCase, upload, quality, set(trained or ()))
     cases = list(forEachPatient(work, df, 'report'))
     cases.sort(key=_urgencyOf)
-    numClosed = sum(case['packed'] is not None for case in cases[_MOST:])
+    numCut = sum(case['packed'] is not None for case in cases[_MOST:])
     for case in cases[_MOST:]:
         case['packed'] = None
     scores = {case['patient']: case.pop('scores') for case in cases}
@@ -81,7 +81,7 @@ def writeReport(folder, dataframe=None, file=None):
         'date': datetime.datetime.now().strftime('%Y-%m-%d %H:%M'),
         'cases': cases,
         'numOthers': numOthers,
-        'numClosed': numClosed,
+        'numCut': numCut,
         'regions': shown,
         'scored': [region for region in shown if region in config.REGIONS],  # the cavity may be no class
         'hasTruth': bool(scores),

@@ -1,7 +1,7 @@
 """A model folder needs no configuration, is whole or refused, and predicts elsewhere what torch predicts here."""
 
+import itertools
 import os
-import shutil
 import subprocess
 import sys
 import warnings
@@ -269,11 +269,13 @@ def test_predictor_predictsAsTheEngineDoes(tmp_path, paths, inFloat32):
     files = [writeCheckpoint('a.pt'), writeCheckpoint('b.pt', 1, planes=['sagittal'], activation='sigmoid')]
     deploy.packModel(files, tmp_path / 'folder')
     assert deploy.exportOnnx(tmp_path / 'folder', paths.to_frame().T) <= 1e-4
-    models = deploy.loadModel(tmp_path / 'folder')
+    exportModel(tmp_path / 'alone', files[0])
+    models = {name: deploy.loadModel(tmp_path / name) for name in ('folder', 'alone')}
     forgetSettings()
-    for options in ({}, {'patchStride': 24}, {'mirror': True}, {'twoLooks': False}):
-        *_, yhat, expected = engine.predict(paths, models, probabilities=True, **options)
-        found, probability = predictor.predict(paths, tmp_path / 'folder', probabilities=True, **options)
+    ways = ({}, {'patchStride': 24}, {'mirror': True}, {'twoLooks': False})
+    for (name, model), options in itertools.product(models.items(), ways):
+        *_, yhat, expected = engine.predict(paths, model, probabilities=True, **options)
+        found, probability = predictor.predict(paths, tmp_path / name, probabilities=True, **options)
         np.testing.assert_allclose(probability, expected.numpy(), rtol=0, atol=1e-4)
         best = np.sort(probability, axis=1)
         assert ((found == yhat.numpy()) | (best[:, -1] - best[:, -2] < 2e-4)).all() and len(np.unique(found)) > 1
@@ -366,8 +368,7 @@ def test_main_predictsAPatientWithOwnNames(tmp_path, paths, capsys):
     assert snap[1] == '0 0 0 0 0 0 0 "background"' and snap[4:] == ['4 224 48 30 1 1 1 "enhancing tumor"']
     assert slicer[1] == '0 background 0 0 0 0' and slicer[4:] == ['4 enhancing_tumor 224 48 30 255']
     expected = postprocess.applyRules(predictor.predict(paths, folder), rules)
-    remark = named.header['descrip'].item().decode()
-    patients.saveSegmentation(expected, paths, tmp_path / 'expected.nii.gz', remark=remark)
+    patients.saveSegmentation(expected, paths, tmp_path / 'expected.nii.gz')
     assert (tmp_path / 'expected.nii.gz').read_bytes() == (tmp_path / 'named.nii.gz').read_bytes()
 
 
@@ -384,8 +385,7 @@ def test_main_predictsAsTheRulesWereTunedOnTheGridOfItsImages(tmp_path, paths, c
     np.testing.assert_array_equal(nib.load(tmp_path / 'out.nii.gz').affine, np.eye(4))
     row = {name: str(given[name]) for name in used}
     yhat = postprocess.applyRules(predictor.predict(row, folder, **options), rules)
-    remark = nib.load(tmp_path / 'out.nii.gz').header['descrip'].item().decode()
-    patients.saveSegmentation(yhat, row, tmp_path / 'expected.nii.gz', {0: 0, 1: 1, 2: 2, 3: 4}, remark)
+    patients.saveSegmentation(yhat, row, tmp_path / 'expected.nii.gz', {0: 0, 1: 1, 2: 2, 3: 4})
     assert (tmp_path / 'expected.nii.gz').read_bytes() == (tmp_path / 'out.nii.gz').read_bytes()
     other = exportModel(tmp_path / 'other', file, rules=rules._replace(kind=components.kindOf(planes=['axial'])))
     with pytest.raises(SystemExit):
@@ -394,35 +394,50 @@ def test_main_predictsAsTheRulesWereTunedOnTheGridOfItsImages(tmp_path, paths, c
 
 
 def test_main_predictsAFolderAndGoesOn(tmp_path, capsys):
-    """Each patient as by itself; a bad one is named; what is there is kept, unless the images or networks are newer."""
-    phantom.makeCases(tmp_path / 'data', 3, shape=(40, 44, 20))
+    """Each patient as by itself; a bad one is named; what the same networks made of the same images is kept."""
+    phantom.makeCases(tmp_path / 'phantoms', 3, shape=(40, 44, 20))
+    (tmp_path / 'data').mkdir()
+    for file in list(tmp_path.glob('phantoms/*/*.nii.gz')):  # all in one folder: their names say whose they are
+        file.rename(tmp_path / 'data' / file.name)
     folder, out = exportModel(tmp_path / 'folder', writeCheckpoint('a.pt')), tmp_path / 'out'
     first, bad, last = (paths for _, paths in patients.makeFileList(tmp_path / 'data').iterrows())
+    image = Path(bad['t2']).read_bytes()
     Path(bad['t2']).write_bytes(b'no image')
     with pytest.raises(SystemExit, match='1'):
         predictor.main([folder, str(tmp_path / 'data'), str(out)])
-    assert f'1 of 3 patients are not segmented:\n{bad.name}: {bad["t2"]} cannot be used' in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f'1 of 3 patients are not segmented: {bad.name}.' in said.err
+    assert f'{bad.name}: {bad["t2"]} cannot be used' in said.out
     files = [out / f'{paths.name}.nii.gz' for paths in (first, last)]
-    assert sorted(out.iterdir()) == sorted(
-        [*files, *(out / f'labels_0-1-2-4_{e}' for e in ('itksnap.txt', 'slicer.ctbl'))]
-    )
+    names = [out / f'labels_0-1-2-4_{end}' for end in ('itksnap.txt', 'slicer.ctbl')]
+    assert sorted(out.iterdir()) == sorted([*files, *names])
     for file, paths in zip(files, (first, last), strict=True):
         patients.saveSegmentation(predictor.predict(paths, folder), paths, tmp_path / 'one.nii.gz')
         np.testing.assert_array_equal(*(np.asarray(nib.load(each).dataobj) for each in (file, tmp_path / 'one.nii.gz')))
-    shutil.rmtree(Path(bad['t2']).parent)
+    Path(bad['t2']).write_bytes(image)
+    os.utime(first['t2'], (1, 1))  # another image, older than its segmentation
     written = {file: file.stat().st_mtime_ns for file in files}
     predictor.main([folder, str(tmp_path / 'data'), str(out)])
-    assert '2 of 2 patients were segmented before by the same networks' in capsys.readouterr().out
-    os.utime(first['t2'])
-    predictor.main([folder, str(tmp_path / 'data'), str(out)])
+    assert '1 of 3 patients were segmented before' in capsys.readouterr().out
     assert [file.stat().st_mtime_ns == time for file, time in written.items()] == [False, True]
-    capsys.readouterr()
     other = exportModel(tmp_path / 'other', writeCheckpoint('b.pt', seed=1))
     predictor.main([other, str(tmp_path / 'data'), str(out)])
     assert 'before' not in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        predictor.main([folder, str(tmp_path / 'data'), str(tmp_path / 'a.nii.gz')])
-    assert 'a.nii.gz: there are 2 patients; name a folder for them, not a file' in capsys.readouterr().err
+
+
+def test_main_refusesAnotherPlaceToWrite(tmp_path, paths, capsys):
+    """Two patients need a folder, named files a file, and no other format is written."""
+    phantom.makeCases(tmp_path / 'two', 2, shape=(40, 44, 20))
+    folder = exportModel(tmp_path / 'folder', writeCheckpoint('a.pt'))
+    named = [f'{name}={paths[name]}' for name in config.MODALITIES]
+    for given, out, words in (
+        ([str(tmp_path / 'two')], 'a.nii.gz', 'there are 2 patients; name a folder for them, not a file'),
+        (named, 'a', 'the last argument is the file to write'),
+        ([str(tmp_path / 'two')], 'a.mha', 'the last argument is the file to write'),
+    ):
+        with pytest.raises(SystemExit):
+            predictor.main([folder, *given, str(tmp_path / 'new' / out)])
+        assert words in capsys.readouterr().err and not (tmp_path / 'new').exists()
 
 
 def test_packModel_addsTheNetworksOfThePredictor(tmp_path, monkeypatch, capsys):
@@ -434,12 +449,15 @@ def test_packModel_addsTheNetworksOfThePredictor(tmp_path, monkeypatch, capsys):
     deploy.packModel(file, tmp_path / 'folder', df)
     assert 'folder has no ONNX files: pip install onnx onnxruntime, then' in capsys.readouterr().out
     monkeypatch.undo()
+    monkeypatch.setattr(deploy.onnx, 'LARGEST_LOSS', -2)
+    deploy.packModel(file, tmp_path / 'folder', df)
+    assert 'with 8-bit integers the mean Dice falls by' in capsys.readouterr().out
     monkeypatch.setattr(deploy.onnx, 'LARGEST_LOSS', 1)  # of an untrained network
     deploy.packModel(file, tmp_path / 'folder', df)
     about = predictor.readAbout(tmp_path / 'folder', '.onnx')
     assert about['onnx']['int8']['patients'] == 1 and '1/model.int8.onnx' in about['files']
     deploy.packModel(file, tmp_path / 'one', df[:1])
-    assert 'Two patients or more with a true segmentation were expected' in capsys.readouterr().out
+    assert 'no 8-bit integers: two patients with a true segmentation are needed' in capsys.readouterr().out
     assert 'int8' not in predictor.readAbout(tmp_path / 'one', '.onnx')['onnx']
 
 

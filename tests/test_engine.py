@@ -428,7 +428,7 @@ def test_predict_returnsTheTruthOfAnOracle(writeCase, shape, options, planes):
     assert torch.equal(y, yhat)
 
 
-def predictMarked(writeCase, marks, twoLooks=True, model=None, number=1):
+def predictMarked(writeCase, marks, model=None, number=1, **options):
     """Return the truth, with class 1 in boxes and `number` in the last, what an oracle predicts, and its pixels."""
     config.MODALITIES = ('t1', 't1ce', 't2', 'flair')
     label, image = np.zeros((96, 80, 72), np.uint8), np.zeros((4, 96, 80, 72), np.int16)
@@ -439,8 +439,7 @@ def predictMarked(writeCase, marks, twoLooks=True, model=None, number=1):
     paths = writeCase(dict(zip(COLUMNS, (*image, label), strict=True)), PATIENTS[0])
     model, pixels = model or Oracle(), []
     model.register_forward_pre_hook(lambda module, given: pixels.append(given[0][:, 0].numel()))
-    options = {'planes': tuple(PLANES), 'twoLooks': twoLooks}
-    _, y, yhat = engine.predict(paths, model, transform=addTruth, **options)
+    _, y, yhat = engine.predict(paths, model, transform=addTruth, planes=tuple(PLANES), **options)
     return y, yhat, sum(pixels)
 
 
@@ -453,6 +452,8 @@ def test_predict_looksTwice(writeCase):
     assert 20**3 + 8**3 - 2 <= yhat.sum() <= 20**3 + 8**3 == y.sum() - 1
     y, yhat, numWhole = predictMarked(writeCase, (large, small, speck), twoLooks=False)
     assert torch.equal(yhat, y) and numPixels < numWhole / 2
+    config.PATCH_SIZE = 32
+    assert torch.equal(predictMarked(writeCase, (large, small, speck), patchStride=24)[1], expected)
 
 
 def test_predict_tellsOfWhatIsNotFiniteFarFromTheTumor(writeCase):

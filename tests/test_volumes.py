@@ -27,7 +27,7 @@ def masksOf(boxes, shape=(64, 64, 64)):
         (6, [0, 2, 4, 5], [0, 2, 4, 10, 16, 25]),
     ],
 )
-def test_everySecond_andWhatIsBetween(count, kept, filled):
+def test_fillBetween_interpolatesWhatEverySecondLeavesOut(count, kept, filled):
     """The first, third, ... and last slice of a mask are kept; one between has the mean of its neighbours."""
     mask = np.zeros((9, 2, 2), bool)
     mask[3 : 3 + count] = True

@@ -130,7 +130,7 @@ def test_writeReport_leavesOutPlanesIfThereAreTooMany(folder, monkeypatch):
     monkeypatch.setattr(report.report, '_MOST', 2)
     page = Page(report.writeReport(folder))
     assert len(page.rows) == 4 and sum(name.startswith('case-') for name in page.scripts) == 2
-    assert page.case(nameOf(1)) and page.case(nameOf(2)) and 'The planes of 2 patients are left out' in page.text
+    assert page.case(nameOf(1)) and page.case(nameOf(2)) and 'The planes and details of 2 are left out' in page.text
 
 
 def test_writeReport_drawsTheCohort(folder, monkeypatch):
