@@ -255,7 +255,7 @@ def test_predictFolder_writesSegmentationsScoresAndSettings(df, tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / 'out' / 'scores.csv'), table, check_dtype=False)
     settings = json.loads((tmp_path / 'out' / 'settings.json').read_text())
     made = settings['prediction']
-    assert made['kind'] == {'patchStride': 24, 'mirror': False, 'planes': None, 'twoLooks': True}
+    assert made['kind'] == {'patchStride': 24, 'mirror': False, 'planes': None, 'twoLooks': True, 'sliceStep': 2}
     assert made['rules'] is None and made['trainedOn'] is None  # a model that this package has not trained
     assert settings['config']['PATCH_SIZE'] == 32 and settings['found']['TRAIN_FILE'].endswith('train.h5')
     assert settings['versions']['torch'] == torch.__version__
@@ -311,7 +311,7 @@ def test_writeScores_writesAnEmptyTable(tmp_path):
     assert (tmp_path / 'scores.csv').read_text() == 'patient,region\n'
     made = json.loads((tmp_path / 'settings.json').read_text())['prediction']
     assert (
-        made['kind'] == {'patchStride': None, 'mirror': True, 'planes': None, 'twoLooks': True}
+        made['kind'] == {'patchStride': None, 'mirror': True, 'planes': None, 'twoLooks': True, 'sliceStep': 2}
         and made['mirror'] is True
     )
 
