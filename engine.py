@@ -767,14 +767,15 @@ def _predictPlanes(x, isBrain, box, model, settings, patchStride, mirror, twoLoo
 
 def _look(x, isBrain, settings, multiple, predictBatch):
     """Return the masks of `partsOf` from a first look, at every third slice of the first plane."""
-    mask = isBrain.transpose(PLANES[settings.planes[0]])
+    order = PLANES[settings.planes[0]]
+    mask = isBrain.transpose(order)
     isFound, numbers = np.zeros_like(mask), everyThird(mask)
     area, starts, size = planWindows(mask, None, settings.patchSize, multiple)
-    image = x.permute(withChannels(PLANES[settings.planes[0]]))[:, :, *area]
+    image = x.permute(withChannels(order))[:, :, *area]
     for slices, values in predictSlices(image, mask[:, *area], starts, size, predictBatch, numbers):
         isFound[:, *area][slices] = ~(values[:, 0] >= 0.5).cpu().numpy()  # NaN too, so that it is looked at again
     isFound[numbers] &= mask[numbers]
-    return partsOf(isFound.transpose(np.argsort(PLANES[settings.planes[0]])), isBrain)
+    return partsOf(isFound.transpose(np.argsort(order)), isBrain)
 
 
 def predictSlices(x, isBrain, starts, size, predictBatch, numbers=None):

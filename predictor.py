@@ -138,8 +138,12 @@ def loadFolder(folder, threads=None, name=None):
         raise FileNotFoundError(f'{folder} has no ONNX files yet: deploy.exportOnnx writes them, where torch is.')
     name = name or (INT8 if about['onnx'].get('int8') else 'model.onnx')
     runs = [startSession(Path(folder, member['folder'], name)) for member in about['members']]
-    isLinux = hasattr(os, 'sched_getaffinity')
-    return Network(about, runs, threads or (len(os.sched_getaffinity(0)) if isLinux else os.cpu_count()), name)
+    return Network(about, runs, threads or countCores(), name)
+
+
+def countCores():
+    """Return the number of cores that this process may use, or, where the system does not tell, of all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def startSession(file):
@@ -234,17 +238,16 @@ def segment(patient, x, isBrain, network, patchStride=None, mirror=False, probab
         probability[:, 0] = 1
     if isBrain.any():
         with ThreadPoolExecutor(network.threads) as pool:
-            begin, parts = [], []
+            looks, total = [], 0
             for member, run in zip(network.about['members'], network.members, strict=True):
-                begin.append(partial(_beginSlices, pool, x, network.about, member, run))
-                isThin = twoLooks and len(member['planes']) > 1
-                parts.append(_look(isBrain, PLANES[member['planes'][0]], begin[-1]) if isThin else [isBrain])
-            box = boxOfAll([part for some in parts for part in some])
-            total = 0
-            for member, *given in zip(network.about['members'], begin, parts, strict=True):
-                isThin = twoLooks and len(member['planes']) > 1
-                sums = _predictPlanes(*given, box, numClasses, member['planes'], isThin, patchStride, mirror)
-                total = total + sums / len(member['planes'])
+                begin = partial(_beginSlices, pool, x, network.about, member, run)
+                planes, isThin = member['planes'], twoLooks and len(member['planes']) > 1
+                parts = _look(isBrain, PLANES[planes[0]], begin) if isThin else [isBrain]
+                looks.append((begin, parts, planes, isThin))
+            box = boxOfAll([part for _, parts, _, _ in looks for part in parts])
+            for begin, parts, planes, isThin in looks:
+                sums = _predictPlanes(begin, parts, planes, isThin, box, numClasses, patchStride, mirror)
+                total = total + sums / len(planes)
         if not np.isfinite(total.max(1)).all():
             raise ValueError(f'{patient}: the probabilities of some voxels are not finite, so they have no class.')
         yhat[box] = total.argmax(1)
@@ -265,7 +268,7 @@ def _look(isBrain, order, begin):
     return partsOf(isFound.transpose(np.argsort(order)), isBrain)
 
 
-def _predictPlanes(begin, parts, box, numClasses, planes, isThin, patchStride, mirror):
+def _predictPlanes(begin, parts, planes, isThin, box, numClasses, patchStride, mirror):
     """Return the probabilities (D', K, W', H') in a box that holds all parts, summed over the planes."""
     masks = [(order, part.transpose(order)) for order in map(PLANES.get, planes) for part in parts]
     work = [  # all are begun before the first result is waited for
@@ -415,7 +418,9 @@ def predictFolder(patients, folder, out):
     network, out, bad = folder if isinstance(folder, Network) else loadFolder(folder), Path(out), {}
     options, about = _optionsOf(network.about['rules']), network.about
     patients = {each: _imagesOf(paths, about, each) for each, paths in patients.items()}
-    remarks = {each: _remarkOf(paths, network) for each, paths in patients.items()}
+    labels = {each: labelsFor(paths, about) for each, paths in patients.items()}
+    own = _checksumOf([about, network.name])
+    remarks = {each: _remarkOf(own, paths, labels[each]) for each, paths in patients.items()}
     waiting = deque(each for each, remark in remarks.items() if not _hasRemark(out / f'{each}.nii.gz', remark))
     if numKept := len(patients) - len(waiting):
         print(f'{numKept} of {len(patients)} patients were segmented before.')
@@ -439,20 +444,19 @@ def predictFolder(patients, folder, out):
                 continue
             if writing:
                 finish()
-            labels = labelsFor(patients[patient], about)
-            file, stem = out / f'{patient}.nii.gz', out / f'labels_{"-".join(map(str, labels.values()))}'
-            given = yhat, patients[patient], about, labels, file, stem, remarks[patient]
+            file, stem = out / f'{patient}.nii.gz', out / f'labels_{"-".join(map(str, labels[patient].values()))}'
+            given = yhat, patients[patient], about, labels[patient], file, stem, remarks[patient]
             writing.append((patient, writer.submit(_write, *given)))
         if writing:
             finish()
     return bad
 
 
-def _remarkOf(paths, network):
-    """Return a checksum of networks, images and labels, for the header of a segmentation."""
-    files = [(name, Path(file).name, os.stat(file).st_size, os.stat(file).st_mtime_ns) for name, file in paths.items()]
-    labels = list(labelsFor(paths, network.about).items())
-    return f'predictor.py {_checksumOf([network.about, network.name, files, labels])[:32]}'
+def _remarkOf(networks, paths, labels):
+    """Return a checksum of networks (given by their own), images and labels, for the header of a segmentation."""
+    states = [(name, Path(file).name, os.stat(file)) for name, file in paths.items()]
+    files = [(name, file, state.st_size, state.st_mtime_ns) for name, file, state in states]
+    return f'predictor.py {_checksumOf([networks, files, list(labels.items())])[:32]}'
 
 
 def _hasRemark(file, remark):

@@ -85,8 +85,8 @@ def main(folder, patients, threads=2):
     torch.set_num_threads(int(threads))
     methods, rows = methodsFor(folder, int(threads)), []
     ways = {'whole brain': {'twoLooks': False}, 'two looks': {'twoLooks': True}}
-    found = list(findFiles(patients).values())
-    for number, paths in enumerate([found[0], *found]):
+    found = findFiles(patients)
+    for number, paths in enumerate([next(iter(found.values())), *found.values()]):
         reference = None
         for (way, options), (name, method) in itertools.product(ways.items(), methods.items()):
             begin = time.perf_counter()
@@ -100,7 +100,7 @@ def main(folder, patients, threads=2):
     print(table.to_string(index=False))
     with tempfile.TemporaryDirectory() as out:
         begin = time.perf_counter()
-        predictor.predictFolder(findFiles(patients), predictor.loadFolder(folder, int(threads)), out)
+        predictor.predictFolder(found, predictor.loadFolder(folder, int(threads)), out)
         print(f'predictor.predictFolder, with writing: {(time.perf_counter() - begin) / len(found):.2f} s a patient')
     return table
 

@@ -89,15 +89,8 @@ def benchSizes(folder):
 def _workOn(df, folder, results):
     """Cut, predict and score patients; put the seconds of each patient, the memory and the size of the patches."""
     torch.set_num_threads(1)
-    settings, found = {'DEVICE': 'cpu', 'PREPROCESS_WORKERS': 1}, {}
-
-    def work():
-        for stage, function in stages.items():
-            begin = time.perf_counter()
-            function()
-            found[f'{stage}, s a patient'] = (time.perf_counter() - begin) / len(df)
-
-    vars(config).update(settings, MODALITIES=('t1', 't1ce', 't2', 'flair'))
+    settings = {'DEVICE': 'cpu', 'PREPROCESS_WORKERS': 1, 'MODALITIES': ('t1', 't1ce', 't2', 'flair')}
+    vars(config).update(settings)
     model = deploy.pretrained()
     model.provenance |= {'patients': {}, 'earlier': {}, 'voxels': {}}  # patients of the training would not be scored
     stages = {
@@ -105,6 +98,12 @@ def _workOn(df, folder, results):
         'predict': functools.partial(postprocess.predictFolder, df, model, folder / 'out'),
         'score': functools.partial(postprocess.scoreFolder, df, folder / 'out' / 'upload'),
     }
+    found = {}
+
+    def work():
+        for stage, function in stages.items():
+            found[f'{stage}, s a patient'] = timing.makeTimed(function, len(df))()
+
     with warnings.catch_warnings(action='ignore'):  # of planes other than those of config
         found['GB'] = timing.measurePeak(settings, work)
     found['patches, MB a patient'] = (folder / 'train.h5').stat().st_size / 1e6 / len(df)

@@ -1,6 +1,5 @@
 """Export the models of a model folder for onnxruntime, in float32 and with 8-bit integers."""
 
-import os
 import tempfile
 import warnings
 from contextlib import ExitStack
@@ -15,7 +14,18 @@ import metrics
 from atomic import writeAtomically
 from deploy.load import buildMember
 from patients.reading import hasFile, readLabel
-from predictor import INT8, Network, hashFile, loadFolder, prepare, readAbout, segment, startSession, writeAbout
+from predictor import (
+    INT8,
+    Network,
+    countCores,
+    hashFile,
+    loadFolder,
+    prepare,
+    readAbout,
+    segment,
+    startSession,
+    writeAbout,
+)
 
 OPSET = 18  # of ONNX
 LARGEST_DIFFERENCE = 1e-4  # allowed between a probability of torch and of onnxruntime
@@ -52,7 +62,7 @@ def exportOnnx(folder, patients=None):
             temporary = stack.enter_context(writeAtomically(file))
             _export(model, len(about['modalities']), member['multiple'], temporary)
             own = {**about, 'members': [member]}
-            pair = Network(own, [partial(_runTorch, model)]), Network(own, [startSession(temporary)], os.cpu_count())
+            pair = Network(own, [partial(_runTorch, model)]), Network(own, [startSession(temporary)], countCores())
             largest = max(largest, *(_compare(case, pair, file) for case in cases))
             about['files'][f'{member["folder"]}/model.onnx'] = hashFile(temporary)
     about['onnx'] = {'opset': OPSET, 'largestDifference': largest, 'torch': torch.__version__}
