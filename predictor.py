@@ -6,7 +6,7 @@
 
 FOLDER is a model folder; without it, the weights in `weights/glioma` are used, for which some modalities may be
 missing. PATIENT is a folder with the files of one patient, PATIENTS one with those of many, and OUT the folder of their
-segmentations. numpy, nibabel and onnxruntime are needed; scipy too if the model folder has rules for small components.
+segmentations. numpy, nibabel and onnxruntime are needed.
 """
 
 import argparse
@@ -28,12 +28,12 @@ import numpy as np
 from atomic import writeAtomically
 from patients.editions import COLUMNS, labelsOf
 from patients.reading import (
-    BOX,
     detectEdition,
     findFiles,
     findModalities,
     hasFile,
     maskFunction,
+    modelFolder,
     patientOf,
     readVolumes,
     spacingOf,
@@ -48,6 +48,7 @@ from patients.volumes import (
     fillBetween,
     findLimits,
     groupWindows,
+    labelComponents,
     partsOf,
     planWindows,
     stretch,
@@ -125,7 +126,7 @@ def loadFolder(folder, threads=None, name=None):
     """Return the `Network` of a model folder, to predict many patients.
 
     Args:
-        folder: model folder, after `deploy.exportOnnx`.
+        folder: model folder, after `deploy.exportOnnx`; or 'glioma', the weights in the box.
         threads: number of threads; None: one for each core that the process may use.
         name: file name of the members' ONNX files. None: those with 8-bit integers if `deploy.quantizeOnnx` wrote them,
             else those in float32.
@@ -133,6 +134,7 @@ def loadFolder(folder, threads=None, name=None):
     Raises:
         FileNotFoundError, ValueError: as in `readAbout`; or there is no ONNX file.
     """
+    folder = modelFolder(folder)
     about = readAbout(folder, ('.onnx',))
     if not about['onnx']:
         raise FileNotFoundError(f'{folder} has no ONNX files yet: deploy.exportOnnx writes them, where torch is.')
@@ -373,9 +375,7 @@ def applyRules(yhat, rules, spacing):
         return yhat
     yhat = yhat.copy()
     if rules['ml'] > 0:
-        from scipy import ndimage  # only such folders need scipy
-
-        components, _ = ndimage.label(np.isin(yhat, rules['WT']), np.ones((3, 3, 3)))
+        components = labelComponents(np.isin(yhat, rules['WT']))
         sizes = np.bincount(components.ravel())[1:] * (np.prod(spacing) / 1000)
         isSmall = sizes < min(rules['ml'], sizes.max(initial=0))  # ml; the largest component stays
         yhat[np.append(False, isSmall)[components]] = 0
@@ -487,7 +487,7 @@ def main(arguments=None):
     try:
         first, *others = given.patient
         hasFolder = bool(others) and first.partition('=')[0] not in COLUMNS
-        network, named = loadFolder(first if hasFolder else BOX / 'glioma'), others if hasFolder else given.patient
+        network, named = loadFolder(first if hasFolder else 'glioma'), others if hasFolder else given.patient
         patients, isFile, bad = _findPatients(named), given.out.endswith(('.nii', '.nii.gz')), {}
         if not isFile and (not os.path.isdir(named[0]) or Path(given.out).suffix):
             raise ValueError(f'{given.out}: the last argument is the file to write, .nii or .nii.gz, or a folder.')

@@ -7,8 +7,7 @@ import segmentation_models_pytorch as smp
 
 import config
 from engine import buildModel
-from patients.cohort import startFolder
-from patients.reading import BOX
+from patients.reading import modelFolder
 from postprocess.components import Tuning
 from predictor import readAbout
 from provenance import asEarlier, plain, unwrap
@@ -20,11 +19,12 @@ def loadModel(folder):
     `config.NO_CLASSES` has to be that of the training. No code of the folder is run.
 
     Args:
-        folder: that `packModel` wrote.
+        folder: that `packModel` wrote; or 'glioma', the weights in the box.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, was changed, or was copied in part.
     """
+    folder = modelFolder(folder)
     about = readAbout(folder, ('.safetensors', '.json'))
     models = []
     for member in about['members']:
@@ -36,7 +36,7 @@ def loadModel(folder):
 
 def pretrained():
     """Return the model of the weights in the box, `weights/glioma`, for `engine.predict`; its card says what it is."""
-    return loadModel(BOX / 'glioma')
+    return loadModel('glioma')
 
 
 def startFrom(model):
@@ -54,7 +54,7 @@ def startFrom(model):
     """
     if config.START is None:
         return
-    folder = startFolder()
+    folder = modelFolder(config.START)
     about = readAbout(folder, ('.safetensors',))
     if len(about['members']) > 1:
         raise ValueError(f'{folder} has {len(about["members"])} networks; a training can start from one.')
@@ -87,6 +87,6 @@ def buildMember(folder, about, member, device):
 
 
 def loadRules(folder):
-    """Return the `Tuning` of a folder, for `postprocess.predictFolder`; None if it has none."""
-    rules = readAbout(folder, ())['rules']
+    """Return the `Tuning` of a folder, or of 'glioma', for `postprocess.predictFolder`; None if it has none."""
+    rules = readAbout(modelFolder(folder), ())['rules']
     return rules and Tuning(N=rules['N'], ml=rules['ml'], kind=rules['kind'])

@@ -18,7 +18,6 @@ from atomic import writeAtomically
 from patients.editions import CAVITY, classesOf, isAutomatic, known, withoutTime
 from patients.parallel import forEachPatient, resultsOf, withSegmentation
 from patients.reading import (
-    BOX,
     UNREADABLE,
     checkGrid,
     detectEdition,
@@ -26,6 +25,7 @@ from patients.reading import (
     hasFile,
     hasVoxelsOf,
     maskFunction,
+    modelFolder,
     readLabel,
     readVolume,
     spacingOf,
@@ -255,17 +255,12 @@ def splitFolds(df, k):
     return [(df[~isTested], df[isTested]) for isTested in tested]
 
 
-def startFolder():
-    """Return the path of the model folder that `config.START` names."""
-    return BOX / config.START if (BOX / config.START).is_dir() else Path(config.START)
-
-
 def seenByStart(df):
     """Return the ids of the patients of a file list that the weights of `config.START` were trained on.
 
     They are recognised by their ids, as other scans of a subject, and by their voxels.
     """
-    file = config.START and startFolder() / 'config.json'
+    file = config.START and modelFolder(config.START) / 'config.json'
     if not file or not file.is_file():  # told when the training starts
         return []
     subjects, voxels = set(), {}

@@ -19,7 +19,6 @@ except ImportError:
     import gzip
     import zlib as isal_zlib
 
-BOX = Path(__file__).resolve().parent.parent / 'weights'  # model folders that come with the package
 MAX_MAGNITUDE = 1e6  # no scanner writes larger values
 # A header that says more is broken, and is refused before memory is allocated
 MAX_VOXELS = 2**27  # 512 x 512 x 512
@@ -27,6 +26,12 @@ MAX_OFFSET = 2**24  # bytes before the first voxel
 # What nibabel and the two gzips raise about a broken file
 UNREADABLE = (ValueError, IndexError, TypeError, OSError, EOFError, zlib.error, isal_zlib.error)
 UNREADABLE += (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, nib.orientations.OrientationError)
+
+
+def modelFolder(name):
+    """Return the path of a model folder, given as its path, or as 'glioma', the weights in the box."""
+    own = Path(__file__).resolve().parent.parent / 'weights' / name
+    return own if own.is_dir() else Path(name)
 
 
 def makeFileList(folder=None):

@@ -265,7 +265,7 @@ def scoreFolder(df, folder, rules=None, challenges=None):
         not have are NaN. `metrics.summarize` takes both.
 
     Raises:
-        FileNotFoundError: predictions are missing and `challenges` is None.
+        FileNotFoundError: predictions are missing and `challenges` is None, or there is none.
         ValueError: a prediction cannot be scored and `challenges` is None; a truth cannot be used and
             `config.ON_BAD_PATIENT` is 'stop'; the Tuning does not fit the predictions, or one was applied already; a
             challenge is unknown.
@@ -285,9 +285,10 @@ def scoreFolder(df, folder, rules=None, challenges=None):
     if trained:
         print(f'Not scored, because the model was trained on them: {", ".join(trained)}.')
     missing = [patient for patient in rows if findPrediction(patient, folder) is None]
-    if missing and challenges is None:
+    if missing and (challenges is None or len(missing) == len(rows)):  # none at all: another folder was meant
         raise FileNotFoundError(
-            f'{folder} has no segmentation of {len(missing)} patients: {", ".join(map(str, missing[:5]))} ...'
+            f'{folder} has no segmentation of {len(missing)} of {len(rows)} patients: '
+            f'{", ".join(map(str, missing[:5]))} ...'
         )
     df = df.loc[list(rows)]
     score = functools.partial(_scoreCase, folder, rules, about.get('kind'), challenges)

@@ -14,7 +14,7 @@ import config
 from atomic import writeAtomically
 from metrics.counts import confusionMatrix
 from patients.editions import withoutTime
-from patients.reading import BOX
+from patients.reading import modelFolder
 
 MEASURES = ('planeDice', 'planeSpread', 'entropy', 'memberDice', 'memberSpread')
 _FEWEST = 5  # patients from which a region is fitted
@@ -358,10 +358,10 @@ def readFit(file):
     Raises:
         ValueError: the file holds something else.
     """
-    folder = next((each for each in (BOX / file, Path(file)) if each.is_dir()), None)
-    file = folder / 'quality.json' if folder else file
+    file = modelFolder(file)
+    file = file / 'quality.json' if file.is_dir() else file
     try:
-        fit = json.loads(Path(file).read_text())
+        fit = json.loads(file.read_text())
         isFit = {'level', 'planes', 'regions'} <= set(fit)
     except (ValueError, TypeError):
         isFit = False

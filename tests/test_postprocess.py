@@ -349,7 +349,7 @@ def test_scoreFolder_refusesAMissingOrForeignPrediction(df, tmp_path):
         postprocess.scoreFolder(rows, tmp_path, challenges=['BraTS2020', 'BraTS24'])
     with pytest.raises(FileNotFoundError, match=f'no segmentation of {PATIENT}'):
         postprocess.readPrediction(rows.iloc[0], tmp_path)
-    with pytest.raises(FileNotFoundError, match='no segmentation of 2 patients: BraTS20_Training_001'):
+    with pytest.raises(FileNotFoundError, match='no segmentation of 2 of 2 patients: BraTS20_Training_001'):
         postprocess.scoreFolder(rows, tmp_path)
     for patient, paths in rows.iterrows():
         nib.save(nib.load(paths['seg']), tmp_path / f'{patient}.nii.gz')
@@ -467,6 +467,8 @@ def test_predictFolder_dividesThePatientsIntoShards(df, tmp_path):
     first = postprocess.predictFolder(df, model, tmp_path / 'parts', part=(1, 2), patchStride=24)
     with pytest.raises(FileNotFoundError, match='has no segmentation of'):
         postprocess.scoreFolder(df, tmp_path / 'parts' / 'upload')
+    with pytest.raises(FileNotFoundError, match='no segmentation of 3 of 3 patients'):  # not all scores 0
+        postprocess.scoreFolder(df, tmp_path / 'parts', challenges=['BraTS2020'])
     second = postprocess.predictFolder(df, model, tmp_path / 'parts', part=(0, 2), patchStride=24)
     assert set(first['patient']) == set(df.index[1::2]) and set(second['patient']) == set(df.index[::2])
     for file in (tmp_path / 'whole' / 'upload').iterdir():

@@ -69,3 +69,12 @@ def test_partsOf_holdAllThatIsLarge(places):
     for component in (labels == each for each in range(1, number + 1)):
         if component.sum() >= 30:
             assert any(part[component].all() for part in parts)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.tuples(*[st.integers(1, 9)] * 3), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_labelComponents_areThoseOfScipy(shape, share, seed):
+    """26-connected, numbered in the order of a scan; also of an empty and of a full mask."""
+    mask = np.random.default_rng(seed).random(shape) < share
+    expected, _ = ndimage.label(mask, np.ones((3, 3, 3)))
+    np.testing.assert_array_equal(volumes.labelComponents(mask), expected)
