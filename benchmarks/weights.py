@@ -2,10 +2,10 @@
 
     python -m benchmarks.weights FOLDER OUTPUT [PART]
 
-The recipe is trained four times on three quarters of the patients, and scored on the others with each subset of the
-modalities; then it is trained on all. PART is 0, 1, 2, 3 (a fold) or all: the parts may run side by side. Without it
-all of them run, and the weights are packed. With PART curve, networks are trained on 1 to 16 patients, from the weights
-of fold 0 and from random ones, and scored on the patients of fold 0. A stopped run goes on where it was.
+The recipe is trained in two rounds, four times on three quarters of the patients, then on all. The others are scored
+with each subset of the modalities. PART is 0, 1, 2, 3 (a fold) or all: the parts may run side by side. Without it all
+of them run, and the weights are packed. With PART curve, networks are trained on 1 to 16 patients, from the weights of
+fold 0 and from random ones, and scored on the patients of fold 0. A stopped run goes on where it was.
 """
 
 import itertools
@@ -34,6 +34,8 @@ RECIPE = {
     'BATCHSIZE': 16,
     'STEPS': 2000,
 }
+SECOND = {'STEPS': 1200, 'LEARN_RATE': 5e-4}  # a second round, from the weights of the first
+RULES = postprocess.Tuning(ml=0.5)
 FOLDS = 4
 CURVE = {'sizes': (1, 2, 4, 8, 16), 'seeds': 3, 'STEPS': 200}
 SUBSETS = [subset for count in (4, 3, 2, 1) for subset in itertools.combinations(RECIPE['MODALITIES'], count)]
@@ -50,13 +52,14 @@ def main(folder, output, part=None):
     print(summarize(scores).to_string())
     file, folder = _runPart(df, output, 'all'), output / 'glioma'
     with train.configured(RECIPE):
-        deploy.packModel(file, folder, df, half=True)
-    about = readAbout(folder, ())
-    if 'int8' not in (about['onnx'] or {}):
-        raise RuntimeError(f'{folder} has no network with 8-bit integers, for the reason above.')
-    del about['files']['1/model.onnx']  # float32, which the predictor does not need beside the integers
-    writeAbout(folder, about)
-    Path(folder, '1', 'model.onnx').unlink()
+        deploy.packModel(file, folder, df, rules=RULES, half=True)
+    network = folder / '1' / 'model.onnx'
+    if network.exists():  # float32, which the predictor does not need beside the integers
+        deploy.quantizeOnnx(folder, df)  # by all patients; packModel takes eight
+        about = readAbout(folder, ())
+        about['files'].pop('1/model.onnx', None)
+        writeAbout(folder, about)
+        network.unlink()
     text, fit = testFolds(df, output)
     postprocess.writeFit(fit, folder / 'quality.json')
     card = folder / 'README.md'
@@ -71,14 +74,14 @@ def testFolds(df, output):
     """
     members = []
     for part in range(FOLDS):
-        with train.configured({'OUTPUT_FOLDER': str(output / str(part))}):
-            members.append(utils.loadModel(config.RESULT_CHECKPOINT))
-    scores = postprocess.predictFolder(df, members, output / 'folds')
+        members.append(utils.loadModel(output / str(part) / 'second' / 'last.pt'))
+    scores = postprocess.predictFolder(df, members, output / 'folds', rules=RULES)
     fit = postprocess.fitQuality(postprocess.readDisagreement(output / 'folds'), scores)
     table = postprocess.scoreFolder(df, output / 'folds' / 'upload', ['BraTS2020', 'BraTS2023'])
     text = (
         f'{len(df)} patients in {FOLDS} folds, each predicted by a network of the same recipe that was not trained on '
-        f'it. low, high: interval of the mean.\n\n{tabulate(table[table["region"].isin(config.MAIN_REGIONS)])}\n\n'
+        f'it. Components below {RULES.ml} ml were removed. low, high: interval of the mean.\n\n'
+        f'{tabulate(table[table["region"].isin(config.MAIN_REGIONS)])}\n\n'
         '`quality.json` estimates the Dice of other patients (`postprocess.readFit`); it was fitted to the same '
         f'predictions.\n\nMade by `python -m benchmarks.weights` from {", ".join(map(str, df.index))}. **For research '
         'and teaching, not for clinical use.**'
@@ -90,11 +93,20 @@ def _runPart(df, output, part):
     """Train one part; return the scores of the patients of a fold, or the path of the weights of all patients."""
     with train.configured({**RECIPE, 'OUTPUT_FOLDER': str(output / str(part)), 'TIME_BUDGET': None}):
         if part == 'all':
-            return train.trainModel(df)
+            return _trainTwice(df)
         tested = df.iloc[part::FOLDS]
-        model = utils.loadModel(train.trainModel(df.drop(tested.index)))
+        model = utils.loadModel(_trainTwice(df.drop(tested.index)))
         files = {subset: output / str(part) / f'{"-".join(subset)}.csv' for subset in SUBSETS}
         return pd.concat([_score(tested, model, *each) for each in files.items()]).assign(fold=part)
+
+
+def _trainTwice(df):
+    """Train both rounds on the patients of a file list; return the path of the weights."""
+    home, patches = Path(config.OUTPUT_FOLDER), config.TRAIN_FILE
+    deploy.packModel(train.trainModel(df), home / 'first')
+    own = {'START': str(home / 'first'), 'OUTPUT_FOLDER': str(home / 'second'), 'TRAIN_FILE': patches}
+    with train.configured({**SECOND, **own}):
+        return train.trainModel(df)
 
 
 def _score(df, model, subset, file):
@@ -115,8 +127,7 @@ def _drawCurve(df, output):
     """
     tested, folder, rows = df.iloc[::FOLDS], output / 'curve', []
     if not (folder / 'start').exists():
-        with train.configured({**RECIPE, 'OUTPUT_FOLDER': str(output / '0')}):
-            deploy.packModel(config.RESULT_CHECKPOINT, folder / 'start')
+        deploy.packModel(output / '0' / 'second' / 'last.pt', folder / 'start')
     for size, seed, name in itertools.product(CURVE['sizes'], range(CURVE['seeds']), ('random', 'glioma')):
         chosen = df.drop(tested.index).sample(frac=1, random_state=seed)[:size].sort_index()
         place = folder / f'{name}-{size}-{seed}'

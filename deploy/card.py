@@ -88,7 +88,9 @@ def _describeData(about, trained, df):
 
 
 def _describeMember(member, checkpoint):
-    settings, recipe = member['settings'], checkpoint['recipe']
+    settings, recipe = member['settings'], dict(checkpoint['recipe'])
+    if recipe.get('START'):
+        recipe['START'] = Path(recipe['START']).name  # no path of this machine
     return (
         f'- Member {member["folder"]}: {settings["model"]} with a {settings["ENCODER_NAME"]}.\n'
         f'  Slices: {", ".join(member["planes"])}. Validated on {checkpoint["numValidated"]} patients.\n'

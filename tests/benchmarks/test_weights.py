@@ -11,6 +11,7 @@ import phantom
 import postprocess
 import predictor
 from benchmarks import weights
+from deploy import onnx
 
 
 @pytest.mark.slow
@@ -20,7 +21,9 @@ def test_main_makesAFolderThatPredictsWithoutSomeModalities(tmp_path, monkeypatc
     vars(config).update(PATCH_SIZE=32, PATCH_STRIDE=24, LOADER_WORKERS=0, DEVICE='cpu', PREPROCESS_WORKERS=1)
     monkeypatch.setattr(weights, 'SUBSETS', [weights.SUBSETS[0], ('flair',)])
     monkeypatch.setattr(weights, 'RECIPE', {**weights.RECIPE, 'STEPS': 2, 'BATCHSIZE': 4, 'PLANES': ('axial',)})
+    monkeypatch.setattr(weights, 'SECOND', {'STEPS': 1})
     monkeypatch.setattr(weights, 'FOLDS', 2)
+    monkeypatch.setattr(onnx, 'LARGEST_LOSS', 1)  # chance decides after three steps
     fit = {'level': 0.9, 'planes': 1, 'regions': {}}  # four patients are too few for one
     monkeypatch.setattr(postprocess, 'fitQuality', lambda disagreement, scores: fit)
     phantom.makeCases(tmp_path / 'data', 4, shape=(40, 40, 16))
@@ -31,7 +34,9 @@ def test_main_makesAFolderThatPredictsWithoutSomeModalities(tmp_path, monkeypatc
     card = (folder / 'README.md').read_text()
     assert '4 patients in 2 folds, each predicted by a network of the same recipe that was not trained' in card
     assert 'BraTS20_Training_003' in card and 'Modalities may be missing, but not all.' in card
-    assert '| BraTS2023 | ET | lesionDice |' in card
+    assert '| BraTS2023 | ET | lesionDice |' in card and 'Components below 0.5 ml were removed.' in card
+    assert deploy.loadRules(folder) == weights.RULES and 'Patients trained on: 4 in all' in card
+    assert 'START = first' in card and str(tmp_path) not in card
     assert postprocess.readFit(folder) == fit
     assert sorted(file.name for file in (folder / '1').iterdir()) == [
         'config.json', 'model.int8.onnx', 'model.safetensors',
