@@ -72,9 +72,7 @@ def testFolds(df, output):
 
     All patients are predicted into the folder `folds`, each by the network of its fold.
     """
-    members = []
-    for part in range(FOLDS):
-        members.append(utils.loadModel(output / str(part) / 'second' / 'last.pt'))
+    members = [utils.loadModel(_weightsOf(output, part)) for part in range(FOLDS)]
     scores = postprocess.predictFolder(df, members, output / 'folds', rules=RULES)
     fit = postprocess.fitQuality(postprocess.readDisagreement(output / 'folds'), scores)
     table = postprocess.scoreFolder(df, output / 'folds' / 'upload', ['BraTS2020', 'BraTS2023'])
@@ -98,6 +96,11 @@ def _runPart(df, output, part):
         model = utils.loadModel(_trainTwice(df.drop(tested.index)))
         files = {subset: output / str(part) / f'{"-".join(subset)}.csv' for subset in SUBSETS}
         return pd.concat([_score(tested, model, *each) for each in files.items()]).assign(fold=part)
+
+
+def _weightsOf(output, part):
+    """Return the path of the weights of a part after both rounds."""
+    return output / str(part) / 'second' / 'last.pt'
 
 
 def _trainTwice(df):
@@ -127,7 +130,7 @@ def _drawCurve(df, output):
     """
     tested, folder, rows = df.iloc[::FOLDS], output / 'curve', []
     if not (folder / 'start').exists():
-        deploy.packModel(output / '0' / 'second' / 'last.pt', folder / 'start')
+        deploy.packModel(_weightsOf(output, 0), folder / 'start')
     for size, seed, name in itertools.product(CURVE['sizes'], range(CURVE['seeds']), ('random', 'glioma')):
         chosen = df.drop(tested.index).sample(frac=1, random_state=seed)[:size].sort_index()
         place = folder / f'{name}-{size}-{seed}'
