@@ -2,10 +2,11 @@
 
     python -m benchmarks.weights FOLDER OUTPUT [PART]
 
-The recipe is trained in two rounds, four times on three quarters of the patients, then on all. The others are scored
-with each subset of the modalities. PART is 0, 1, 2, 3 (a fold) or all: the parts may run side by side. Without it all
-of them run, and the weights are packed. With PART curve, networks are trained on 1 to 16 patients, from the weights of
-fold 0 and from random ones, and scored on the patients of fold 0. A stopped run goes on where it was.
+The recipe is trained in rounds, four times on three quarters of the patients, then on all. The last round has three
+seeds, and the mean of their weights is taken. The other patients are scored with each subset of the modalities. PART is
+0, 1, 2, 3 (a fold) or all: the parts may run side by side. Without it all of them run, and the weights are packed. With
+PART curve, networks are trained on 1 to 16 patients, from the weights of fold 0 and from random ones, and scored on the
+patients of fold 0. A stopped run goes on where it was.
 """
 
 import itertools
@@ -13,7 +14,9 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import torch
 
+import checkpoints
 import config
 import deploy
 import metrics
@@ -34,7 +37,11 @@ RECIPE = {
     'BATCHSIZE': 16,
     'STEPS': 2000,
 }
-SECOND = {'STEPS': 1200, 'LEARN_RATE': 5e-4}  # a second round, from the weights of the first
+ROUNDS = [  # each from the weights of the one before; more seeds: the mean of their weights
+    ({}, (0,)),
+    ({'STEPS': 1200, 'LEARN_RATE': 5e-4}, (0,)),
+    ({'STEPS': 400, 'LEARN_RATE': 5e-4}, (1, 2, 3)),
+]
 RULES = postprocess.Tuning(ml=0.5)
 FOLDS = 4
 CURVE = {'sizes': (1, 2, 4, 8, 16), 'seeds': 3, 'STEPS': 200}
@@ -76,9 +83,12 @@ def testFolds(df, output):
     scores = postprocess.predictFolder(df, members, output / 'folds', rules=RULES)
     fit = postprocess.fitQuality(postprocess.readDisagreement(output / 'folds'), scores)
     table = postprocess.scoreFolder(df, output / 'folds' / 'upload', ['BraTS2020', 'BraTS2023'])
+    rounds = ', then '.join(f'{values.get("STEPS", RECIPE["STEPS"])} x {len(seeds)}' for values, seeds in ROUNDS)
     text = (
         f'{len(df)} patients in {FOLDS} folds, each predicted by a network of the same recipe that was not trained on '
-        f'it. Components below {RULES.ml} ml were removed. low, high: interval of the mean.\n\n'
+        f'it. Each round of the training began from the weights of the one before; steps and seeds: {rounds}. The '
+        'weights are the mean of the seeds of the last round.\n\n'
+        f'Components below {RULES.ml} ml were removed. low, high: interval of the mean.\n\n'
         f'{tabulate(table[table["region"].isin(config.MAIN_REGIONS)])}\n\n'
         '`quality.json` estimates the Dice of other patients (`postprocess.readFit`); it was fitted to the same '
         f'predictions.\n\nMade by `python -m benchmarks.weights` from {", ".join(map(str, df.index))}. **For research '
@@ -91,25 +101,41 @@ def _runPart(df, output, part):
     """Train one part; return the scores of the patients of a fold, or the path of the weights of all patients."""
     with train.configured({**RECIPE, 'OUTPUT_FOLDER': str(output / str(part)), 'TIME_BUDGET': None}):
         if part == 'all':
-            return _trainTwice(df)
+            return _trainRounds(df)
         tested = df.iloc[part::FOLDS]
-        model = utils.loadModel(_trainTwice(df.drop(tested.index)))
+        model = utils.loadModel(_trainRounds(df.drop(tested.index)))
         files = {subset: output / str(part) / f'{"-".join(subset)}.csv' for subset in SUBSETS}
         return pd.concat([_score(tested, model, *each) for each in files.items()]).assign(fold=part)
 
 
 def _weightsOf(output, part):
-    """Return the path of the weights of a part after both rounds."""
-    return output / str(part) / 'second' / 'last.pt'
+    """Return the path of the weights of a part after all rounds."""
+    return output / str(part) / f'round{len(ROUNDS)}.pt'
 
 
-def _trainTwice(df):
-    """Train both rounds on the patients of a file list; return the path of the weights."""
-    home, patches = Path(config.OUTPUT_FOLDER), config.TRAIN_FILE
-    deploy.packModel(train.trainModel(df), home / 'first')
-    own = {'START': str(home / 'first'), 'OUTPUT_FOLDER': str(home / 'second'), 'TRAIN_FILE': patches}
-    with train.configured({**SECOND, **own}):
-        return train.trainModel(df)
+def _trainRounds(df):
+    """Train all rounds on the patients of a file list; return the path of the weights."""
+    home, start = Path(config.OUTPUT_FOLDER), None
+    for number, (values, seeds) in enumerate(ROUNDS, 1):
+        files = []
+        for seed in seeds:
+            patches = {'SEED': seed, 'TRAIN_FILE': str(home / f'train{seed}.h5')}
+            folder = {'START': start, 'OUTPUT_FOLDER': str(home / f'round{number}-{seed}')}
+            with train.configured({**values, **patches, **folder}):
+                files.append(train.trainModel(df))
+        weights, start = home / f'round{number}.pt', str(home / f'round{number}')
+        _writeMean(files, weights)
+        deploy.packModel(weights, start)
+    return weights
+
+
+def _writeMean(files, path):
+    """Write a checkpoint with the mean of the weights of checkpoints; all else is that of the first."""
+    states = [utils.loadModel(file).state_dict() for file in files]
+    mean = {name: torch.stack([each[name].double() for each in states]).mean(0) for name in states[0]}
+    weights = {name: value.to(states[0][name].dtype) for name, value in mean.items()}
+    with writeAtomically(path) as temporary:
+        torch.save({**checkpoints.readCheckpoint(files[0]), 'model': weights, 'average': None}, temporary)
 
 
 def _score(df, model, subset, file):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 import config
 import deploy
@@ -10,6 +11,7 @@ import patients
 import phantom
 import postprocess
 import predictor
+import utils
 from benchmarks import weights
 from deploy import onnx
 
@@ -21,7 +23,7 @@ def test_main_makesAFolderThatPredictsWithoutSomeModalities(tmp_path, monkeypatc
     vars(config).update(PATCH_SIZE=32, PATCH_STRIDE=24, LOADER_WORKERS=0, DEVICE='cpu', PREPROCESS_WORKERS=1)
     monkeypatch.setattr(weights, 'SUBSETS', [weights.SUBSETS[0], ('flair',)])
     monkeypatch.setattr(weights, 'RECIPE', {**weights.RECIPE, 'STEPS': 2, 'BATCHSIZE': 4, 'PLANES': ('axial',)})
-    monkeypatch.setattr(weights, 'SECOND', {'STEPS': 1})
+    monkeypatch.setattr(weights, 'ROUNDS', [({}, (0,)), ({'STEPS': 1}, (1, 2))])
     monkeypatch.setattr(weights, 'FOLDS', 2)
     monkeypatch.setattr(onnx, 'LARGEST_LOSS', 1)  # chance decides after three steps
     fit = {'level': 0.9, 'planes': 1, 'regions': {}}  # four patients are too few for one
@@ -30,13 +32,18 @@ def test_main_makesAFolderThatPredictsWithoutSomeModalities(tmp_path, monkeypatc
     scores = weights.main(tmp_path / 'data', tmp_path / 'out', 1)
     assert list(scores['patient'].unique()) == ['BraTS20_Training_002', 'BraTS20_Training_004']
     folder = weights.main(tmp_path / 'data', tmp_path / 'out')
-    assert 'out/1/last.pt: starting' not in capsys.readouterr().out.split('out/0/last.pt')[1]  # trained once
+    told = capsys.readouterr().out.split('out/0/round1-0/last.pt')[1]
+    assert 'out/1/round1-0/last.pt: starting' not in told  # trained once
+    ends = [tmp_path / 'out' / 'all' / name for name in ('round2-1/last.pt', 'round2-2/last.pt', 'round2.pt')]
+    first, second, mean = (next(utils.loadModel(file).parameters()).detach() for file in ends)
+    assert torch.allclose(mean, (first + second) / 2, atol=1e-7) and not torch.equal(first, second)
     card = (folder / 'README.md').read_text()
     assert '4 patients in 2 folds, each predicted by a network of the same recipe that was not trained' in card
+    assert 'steps and seeds: 2 x 1, then 1 x 2.' in card
     assert 'BraTS20_Training_003' in card and 'Modalities may be missing, but not all.' in card
     assert '| BraTS2023 | ET | lesionDice |' in card and 'Components below 0.5 ml were removed.' in card
     assert deploy.loadRules(folder) == weights.RULES and 'Patients trained on: 4 in all' in card
-    assert 'START = first' in card and str(tmp_path) not in card
+    assert 'START = round1' in card and str(tmp_path) not in card
     assert postprocess.readFit(folder) == fit
     assert sorted(file.name for file in (folder / '1').iterdir()) == [
         'config.json', 'model.int8.onnx', 'model.safetensors',
