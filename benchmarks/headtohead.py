@@ -4,7 +4,8 @@
 
 Of each system a network is trained in each fold, one after the other, and scored on the whole patients of the fold. The
 minutes are those of the training. What a system does once before it (patches, plans, crops) comes on top and is told
-apart. A stopped run goes on where it was. nnU-Net needs `pip install nnunetv2`.
+apart. A stopped run goes on where it was. With SYSTEM, only those named run: two processes may share OUTPUT if they run
+others. nnU-Net needs `pip install nnunetv2`.
 """
 
 import sys
@@ -39,7 +40,7 @@ def main(folder, output, minutes=15, folds=4, *systems):
         output: folder for runs and results.
         minutes: of each training.
         folds: number of folds.
-        *systems: some of `OTHERS`; default all.
+        *systems: some of `OWN` and `OTHERS`; default all.
 
     Returns:
         DataFrame of `metrics.compareRecipes`, with the columns `minutes`, `steps` and `preparation` (seconds a
@@ -47,14 +48,18 @@ def main(folder, output, minutes=15, folds=4, *systems):
     """
     df, output, numFolds = utils.makeFileList(folder), Path(output), folds
     alone = [config.DEVICE]  # the others use one device, too
-    train.compare(df, OWN, numFolds, 1, minutes=minutes, output=output / 'own', devices=alone)
-    parts = [pd.read_csv(output / 'own' / 'scores.csv', dtype={'patient': str})]
-    parts[0]['minutes'] = parts[0].pop('seconds') / 60
-    for name in systems or OTHERS:
+    systems, parts = systems or (*OWN, *OTHERS), []
+    if own := {name: values for name, values in OWN.items() if name in systems}:
+        train.compare(df, own, numFolds, 1, minutes=minutes, output=output / 'own', devices=alone)
+        parts.append(pd.read_csv(output / 'own' / 'scores.csv', dtype={'patient': str}))
+        parts[0]['minutes'] = parts[0].pop('seconds') / 60
+    for name in systems:
+        if name in OWN:
+            continue
         for fold, sets in enumerate(cohort.splitFolds(df, numFolds)):
             file = output / f'{name}-{fold}.csv'
             if not file.exists():
-                table = _trainAndScore(OTHERS[name](), *sets, 60 * minutes, output / 'work')
+                table = _trainAndScore(OTHERS[name](), *sets, 60 * minutes, output / f'work {name}')
                 with writeAtomically(file) as temporary:
                     table.to_csv(temporary, index=False)
             part = pd.read_csv(file, dtype={'patient': str})

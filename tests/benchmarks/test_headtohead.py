@@ -23,7 +23,10 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_main_comparesWithTheOtherSystem(folder, monkeypatch):
     """Each patient is scored once by each system; nothing is trained twice; the table tells minutes and steps."""
-    arguments = (folder / 'data', folder / 'out', 0.03, 2, 'MONAI SegResNet')
+    arguments = (folder / 'data', folder / 'out', 0.03, 2)
+    monkeypatch.setattr(headtohead, 'OTHERS', {'MONAI SegResNet': peers.SegResNet})
+    alone = headtohead.main(*arguments, 'MONAI SegResNet')
+    assert list(alone.index) == ['MONAI SegResNet'] and not (folder / 'out' / 'own').exists()
     table = headtohead.main(*arguments)
     assert list(table.index) == ['default', 'small network', 'MONAI SegResNet']
     parts = [pd.read_csv(folder / 'out' / f'MONAI SegResNet-{fold}.csv') for fold in range(2)]
