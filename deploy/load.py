@@ -6,7 +6,7 @@ import safetensors.torch
 import segmentation_models_pytorch as smp
 
 import config
-from engine import buildModel
+from engine import buildModel, copyImageNet
 from patients.reading import modelFolder
 from postprocess.components import Tuning
 from predictor import readAbout
@@ -40,7 +40,7 @@ def pretrained():
 
 
 def startFrom(model):
-    """Copy the weights of `config.START` into a model that is going to be trained; if it is None, do nothing.
+    """Copy the weights of `config.START` into a model that is going to be trained; if it is None, `copyImageNet`.
 
     The channels of the first layer are those of the modalities' names. With another number of classes, the last layer
     keeps its own weights. `model.provenance` keeps the patients that the weights were trained on.
@@ -53,7 +53,7 @@ def startFrom(model):
             architecture than `config`; or it does not know one of `config.MODALITIES`.
     """
     if config.START is None:
-        return
+        return copyImageNet(model)
     folder = modelFolder(config.START)
     about = readAbout(folder, ('.safetensors',))
     if len(about['members']) > 1:

