@@ -114,7 +114,7 @@ def _weightsOf(output, part):
 
 
 def _trainRounds(df):
-    """Train all rounds on the patients of a file list; return the path of the weights."""
+    """Train all rounds on the patients of a file list; return the path of the weights, whose folder is beside them."""
     home, start = Path(config.OUTPUT_FOLDER), None
     for number, (values, seeds) in enumerate(ROUNDS, 1):
         files = []
@@ -155,13 +155,12 @@ def _drawCurve(df, output):
     have seen the training patients before, but not those that are scored.
     """
     tested, folder, rows = df.iloc[::FOLDS], output / 'curve', []
-    if not (folder / 'start').exists():
-        deploy.packModel(_weightsOf(output, 0), folder / 'start')
+    start = str(_weightsOf(output, 0).with_suffix(''))  # packed by `_trainRounds`
     for size, seed, name in itertools.product(CURVE['sizes'], range(CURVE['seeds']), ('random', 'glioma')):
         chosen = df.drop(tested.index).sample(frac=1, random_state=seed)[:size].sort_index()
         place = folder / f'{name}-{size}-{seed}'
         values = {'SEED': seed, 'STEPS': CURVE['STEPS'], 'OUTPUT_FOLDER': str(place), 'TIME_BUDGET': None}
-        values['START'] = str(folder / 'start') if name == 'glioma' else None
+        values['START'] = start if name == 'glioma' else None
         with train.configured({**RECIPE, **values}):
             if not (place / 'scores.csv').exists():
                 _score(tested, utils.loadModel(train.trainModel(chosen)), SUBSETS[0], place / 'scores.csv')
