@@ -234,8 +234,7 @@ def test_torchrun_trainsAsOneProcessAndSurvivesAKilledRank(df, tmp_path):
     ranks = psutil.Process(killed.pid).children()
     ranks[-1].kill()
     told = killed.communicate(timeout=120)[0]
-    # torchrun itself fails if it reads the report of the other rank while that is written
-    assert killed.returncode != 0 and re.search(r'rank +: 1 \(local_rank: 1\)|Failed to parse reply file', told), told
+    assert killed.returncode != 0 and re.search(r'rank +: 1 \(local_rank: 1\)', told), told
     assert whole.wait(timeout=120) == 0, whole.stdout.read()
     assert weightsOf(file)[0] < 3
     assert startRanks(tmp_path / 'killed', **plain).wait(timeout=120) == 0
