@@ -188,17 +188,17 @@ def prepare(paths, about):
     found, x, isBrain = findModalities(images, about['modalities'], mayLack(about)), None, None
 
     def fill(channel, volume):
-        turn, turnBack = alongMemory(volume)
+        turn, _ = alongMemory(volume)
         values, mask = turn(volume), maskFunction(turn(volume))
         limits = findLimits(values[mask].astype(np.float32), percentiles)
-        channel[:] = turnBack(stretch(values, mask, *limits, outRange)).transpose(2, 0, 1)
+        stretch(values, mask, *limits, outRange, turn(channel.transpose(1, 2, 0)))
 
     with ThreadPoolExecutor(1) as pool:  # one is read while the one before is stretched
         begun = []
         for name, volume in zip(found, itertools.islice(readVolumes(images, found), 1, None), strict=True):
             if x is None:
                 x = np.full((volume.shape[2], len(about['modalities']), *volume.shape[1::-1]), outRange[0], np.float32)
-                x, isBrain = x.transpose(0, 1, 3, 2), np.zeros(volume.shape, bool)
+                x, isBrain = x.transpose(0, 1, 3, 2), np.zeros_like(volume, bool)  # in the memory order of the file
             isBrain |= maskFunction(volume)
             begun.append(pool.submit(fill, x[:, about['modalities'].index(name)], volume))
         for each in begun:
@@ -371,16 +371,17 @@ def applyRules(yhat, rules, spacing):
         rules: `rules` of `config.json`; None: no post-processing.
         spacing: mm along each axis.
     """
-    if not rules:
+    if not rules or not yhat.any():
         return yhat
     yhat = yhat.copy()
+    found = yhat[boundingBox(yhat != 0)]  # a view, as most of the volume is background
     if rules['ml'] > 0:
-        components = labelComponents(np.isin(yhat, rules['WT']))
+        components = labelComponents(np.isin(found, rules['WT']))
         sizes = np.bincount(components.ravel())[1:] * (np.prod(spacing) / 1000)
         isSmall = sizes < min(rules['ml'], sizes.max(initial=0))  # ml; the largest component stays
-        yhat[np.append(False, isSmall)[components]] = 0
-    if np.isin(yhat, rules['ET']).sum() < rules['N']:
-        yhat[np.isin(yhat, rules['ET'])] = rules['NCR']
+        found[np.append(False, isSmall)[components]] = 0
+    if (isEnhancing := np.isin(found, rules['ET'])).sum() < rules['N']:
+        found[isEnhancing] = rules['NCR']
     return yhat
 
 

@@ -37,7 +37,7 @@ def findLimits(values, percentiles):
     return np.percentile(values, percentiles).tolist() if values.size else (0.0, 0.0)
 
 
-def stretch(values, mask, low, high, outRange):
+def stretch(values, mask, low, high, outRange, out=None):
     """Return intensities, float32, mapped from `low` to `high` to the range `outRange`; values beyond are clipped.
 
     Args:
@@ -45,9 +45,10 @@ def stretch(values, mask, low, high, outRange):
         mask: bool of the same shape; outside it all become the range's lower end.
         low, high: as `findLimits` returns them; if they are equal, all become the lower end.
         outRange: lower and upper end.
+        out: float32 array to write to, which has the lower end everywhere; None: a new one.
     """
     lowest, highest = outRange
-    stretched = np.full(values.shape, lowest, np.float32)
+    stretched = np.full(values.shape, lowest, np.float32) if out is None else out
     if high > low:
         inside = values[mask].astype(np.float32)
         np.clip(inside, low, high, out=inside)

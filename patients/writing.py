@@ -37,7 +37,8 @@ def saveSegmentation(yhat, paths, file, labels=None, remark=''):
         edition = 'the training'
     labels = labelsOf(edition) if labels is None else labels
     classes = np.asarray(yhat)
-    if not np.isin(classes, list(labels)).all():
+    isKnown = np.isin(np.arange(max(labels) + 1), list(labels))
+    if classes.min() < 0 or classes.max() >= len(isKnown) or not isKnown[classes].all():
         raise ValueError(
             f'{file}: yhat has the classes {np.unique(classes)[:9]}; {", ".join(map(str, sorted(labels)))} were '
             f'expected, which have a label in {edition}.'
