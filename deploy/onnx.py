@@ -1,5 +1,6 @@
 """Export the models of a model folder for onnxruntime, in float32 and with 8-bit integers."""
 
+import copy
 import tempfile
 import warnings
 from contextlib import ExitStack
@@ -7,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import timm.layers
 import torch
 
 import config
@@ -164,6 +166,10 @@ def _lossOf(paths, network, other):
 def _export(model, numChannels, multiple, file):
     """Write a model as ONNX for any batch size, height and width."""
     free = {0: 'batch', 2: 'height', 3: 'width'}
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, timm.layers.Conv2dSame):
+            layer.forward = partial(_padAndConvolve, layer)
     example = torch.zeros(2, numChannels, 2 * multiple, 3 * multiple)
     with warnings.catch_warnings(action='ignore'):
         torch.onnx.export(
@@ -176,6 +182,17 @@ def _export(model, numChannels, multiple, file):
             dynamic_axes={'image': free, 'logits': free},
             dynamo=False,
         )
+
+
+def _padAndConvolve(conv, x):
+    """Return what a convolution of timm's makes of images whose sides are multiples of its stride.
+
+    It derives its padding from the size of each image, as TensorFlow does. For these sizes it is always the same, and
+    onnxruntime then makes it part of the convolution.
+    """
+    wide, high = (max(size - stride, 0) for size, stride in zip(conv.kernel_size[::-1], conv.stride[::-1], strict=True))
+    pad = torch.nn.ZeroPad2d((wide // 2, wide - wide // 2, high // 2, high - high // 2))
+    return torch.nn.Conv2d.forward(conv, pad(x))
 
 
 def _runTorch(model, patches):

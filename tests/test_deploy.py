@@ -281,6 +281,22 @@ def test_predictor_predictsAsTheEngineDoes(tmp_path, paths, inFloat32):
         assert ((found == yhat.numpy()) | (best[:, -1] - best[:, -2] < 2e-4)).all() and len(np.unique(found)) > 1
 
 
+def test_exportOnnx_makesPaddingPartOfConvolutions(tmp_path):
+    """Padding that timm computes from the size of each image is the same for all sizes that the network accepts."""
+    onnx, rng = pytest.importorskip('onnx'), np.random.default_rng(0)
+    torch.manual_seed(0)
+    model = smp.Unet('tu-tf_efficientnet_lite0', encoder_weights=None, in_channels=2, classes=4).eval()
+    file, other = tmp_path / 'model.onnx', tmp_path / 'int8.onnx'
+    deploy.onnx._export(model, 2, 32, file)
+    for height, width in ((32, 96), (64, 64)):
+        patches = rng.standard_normal((2, 2, height, width), np.float32)
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(patches)).numpy()
+        np.testing.assert_allclose(predictor.startSession(file)(patches), expected, rtol=0, atol=1e-4)
+    deploy.onnx._quantize(file, [patches], other)
+    assert 'Pad' not in {node.op_type for node in onnx.load(other).graph.node}
+
+
 def test_exportOnnx_refusesAFileThatDiffers(tmp_path, monkeypatch):
     """If onnxruntime differs from torch, no file is left, nor one of an earlier export, which packing again keeps."""
     file = writeCheckpoint('a.pt')
