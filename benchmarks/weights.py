@@ -31,8 +31,8 @@ from predictor import readAbout, writeAbout
 RECIPE = {
     'MODALITIES': ('t1', 't1ce', 't2', 'flair'),
     'MODALITY_DROPOUT': 0.2,
-    'ENCODER_NAME': 'tu-resnet10t',  # small enough for the repository
-    'ENCODER_WEIGHTS': None,
+    'ENCODER_NAME': 'tu-tf_efficientnet_lite0',  # small enough for the repository
+    'ENCODER_WEIGHTS': 'imagenet',
     'DECODER_CHANNELS': (128, 64, 32, 16, 16),
     'BATCHSIZE': 16,
     'STEPS': 2000,
