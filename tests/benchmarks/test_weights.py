@@ -23,7 +23,8 @@ def test_main_makesAFolderThatPredictsWithoutSomeModalities(tmp_path, monkeypatc
     small = {'PATCH_SIZE': 32, 'PATCH_STRIDE': 24, 'LOADER_WORKERS': 0, 'PREPROCESS_WORKERS': 1}
     vars(config).update(small, DEVICE='cpu', SCHEDULE='poly')  # which ends after the steps
     monkeypatch.setattr(weights, 'SUBSETS', [weights.SUBSETS[0], ('flair',)])
-    monkeypatch.setattr(weights, 'RECIPE', {**weights.RECIPE, 'STEPS': 2, 'BATCHSIZE': 4, 'PLANES': ('axial',)})
+    short = {'STEPS': 2, 'BATCHSIZE': 4, 'PLANES': ('axial',), 'ENCODER_WEIGHTS': None}
+    monkeypatch.setattr(weights, 'RECIPE', {**weights.RECIPE, **short})
     monkeypatch.setattr(weights, 'ROUNDS', [({}, (0,)), ({'STEPS': 1}, (1, 2))])
     monkeypatch.setattr(weights, 'FOLDS', 2)
     monkeypatch.setattr(onnx, 'LARGEST_LOSS', 1)  # chance decides after three steps
@@ -40,7 +41,7 @@ def test_main_makesAFolderThatPredictsWithoutSomeModalities(tmp_path, monkeypatc
     assert torch.allclose(mean, (first + second) / 2, atol=1e-7) and not torch.equal(first, second)
     card = (folder / 'README.md').read_text()
     assert '4 patients in 2 folds, each predicted by a network of the same recipe that was not trained' in card
-    assert 'steps and seeds: 2 x 1, then 1 x 2.' in card
+    assert '(steps x seeds): 2 x 1, then 1 x 2.' in card
     assert 'BraTS20_Training_003' in card and 'Modalities may be missing, but not all.' in card
     assert '| BraTS2023 | ET | lesionDice |' in card and 'Components below 0.5 ml were removed.' in card
     assert deploy.loadRules(folder) == weights.RULES and 'Patients trained on: 4 in all' in card
