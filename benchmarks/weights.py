@@ -155,8 +155,8 @@ def _drawCurve(df, output):
     for size, seed, name in itertools.product(CURVE['sizes'], range(CURVE['seeds']), ('random', 'glioma')):
         chosen = df.drop(tested.index).sample(frac=1, random_state=seed)[:size].sort_index()
         place = folder / f'{name}-{size}-{seed}'
-        values = {'SEED': seed, 'STEPS': CURVE['STEPS'], 'OUTPUT_FOLDER': str(place), 'TIME_BUDGET': None}
-        values |= {'START': start if name == 'glioma' else None, 'ENCODER_WEIGHTS': None}
+        weights = {'START': start if name == 'glioma' else None, 'ENCODER_WEIGHTS': None}
+        values = {'SEED': seed, 'STEPS': CURVE['STEPS'], 'OUTPUT_FOLDER': str(place), 'TIME_BUDGET': None, **weights}
         with train.configured({**RECIPE, **values}):
             if not (place / 'scores.csv').exists():
                 _score(tested, utils.loadModel(train.trainModel(chosen)), SUBSETS[0], place / 'scores.csv')

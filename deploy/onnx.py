@@ -138,7 +138,7 @@ def _seenPatches(network, df):
     return seen
 
 
-def _quantize(file, patches, other, numFirst=1):
+def _quantize(file, patches, other, numFirst):
     """Write to `other` the ONNX file with 8-bit integers; their ranges are those of each layer on the patches.
 
     The first `numFirst` convolutions and the last one stay in float32.

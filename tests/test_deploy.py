@@ -293,7 +293,7 @@ def test_exportOnnx_makesPaddingPartOfConvolutions(tmp_path):
         with torch.inference_mode():
             expected = model(torch.from_numpy(patches)).numpy()
         np.testing.assert_allclose(predictor.startSession(file)(patches), expected, rtol=0, atol=1e-4)
-    deploy.onnx._quantize(file, [patches], other)
+    deploy.onnx._quantize(file, [patches], other, 1)
     assert 'Pad' not in {node.op_type for node in onnx.load(other).graph.node}
 
 
