@@ -31,6 +31,7 @@ from patients.volumes import (
     everyThird,
     fillBetween,
     groupWindows,
+    keepMemory,
     partsOf,
     planWindows,
     warnOfUnfit,
@@ -704,6 +705,7 @@ def segmentAll(df, model, transform=None, planes=None, measure=None, **options):
 
 def _prepare(paths, settings):
     """Return the id of a patient, x float32 (D, C, W, H), y int64 (D, W, H) or None, the brain mask bool (D, W, H)."""
+    keepMemory()
     image, label = readCase(paths, settings.modalities, settings.mayLack)
     isBrain = torch.from_numpy(maskFunction(image).any(0)).permute(2, 0, 1)  # (W, H, D) -> (D, W, H)
     warnOfUnfit(patientOf(paths), isBrain.numpy(), spacingOf(paths), settings.spacing)
