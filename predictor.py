@@ -18,15 +18,15 @@ import re
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 
 from atomic import writeAtomically
-from patients.editions import COLUMNS, labelsOf
+from patients.editions import COLUMNS, labelsOf, withoutTime
 from patients.reading import (
     detectEdition,
     findFiles,
@@ -48,6 +48,7 @@ from patients.volumes import (
     fillBetween,
     findLimits,
     groupWindows,
+    keepMemory,
     labelComponents,
     partsOf,
     planWindows,
@@ -56,7 +57,7 @@ from patients.volumes import (
     withChannels,
     within,
 )
-from patients.writing import saveLabelNames, saveSegmentation
+from patients.writing import isWritten, remarkOf, saveLabelNames, saveSegmentation
 
 FORMAT = 2  # of the model folder; raised when its layout changes
 
@@ -184,6 +185,7 @@ def predict(paths, folder, patchStride=None, mirror=False, probabilities=False, 
 
 def prepare(paths, about):
     """Return a patient's id, its stretched image, float32 (D, C, W, H), and its brain mask, bool (D, W, H)."""
+    keepMemory()
     images, (percentiles, outRange) = _imagesOf(paths, about), about['stretching']
     found, x, isBrain = findModalities(images, about['modalities'], mayLack(about)), None, None
 
@@ -402,7 +404,8 @@ def predictFolder(patients, folder, out):
     """Write the segmentations `<patient>.nii.gz`, and names and colors of the labels, after the model folder's rules.
 
     While one patient is predicted, the next is read and the one before is written. What the same networks made of the
-    same images is kept, so a stopped run goes on. A patient that cannot be used is told, and left out.
+    same images is kept, so a stopped run goes on, and so is what was corrected by hand. A patient that cannot be used
+    is told, and left out. `settings.json` says whom the networks know: `postprocess.scoreFolder` does not score these.
 
     Args:
         patients: dict of id -> paths, as `patients.reading.findFiles` returns it.
@@ -418,11 +421,12 @@ def predictFolder(patients, folder, out):
     """
     network, out, bad = folder if isinstance(folder, Network) else loadFolder(folder), Path(out), {}
     options, about = _optionsOf(network.about['rules']), network.about
+    _writeSettings(out / 'settings.json', about, patients)
     patients = {each: _imagesOf(paths, about, each) for each, paths in patients.items()}
     labels = {each: labelsFor(paths, about) for each, paths in patients.items()}
-    own = _checksumOf([about, network.name])
-    remarks = {each: _remarkOf(own, paths, labels[each]) for each, paths in patients.items()}
-    waiting = deque(each for each, remark in remarks.items() if not _hasRemark(out / f'{each}.nii.gz', remark))
+    own, names = _checksumOf([about, network.name]), about['modalities']
+    remarks = {each: remarkOf([own, list(labels[each].items())], paths, names) for each, paths in patients.items()}
+    waiting = deque(each for each, remark in remarks.items() if not isWritten(out / f'{each}.nii.gz', remark))
     if numKept := len(patients) - len(waiting):
         print(f'{numKept} of {len(patients)} patients were segmented before.')
     reading, writing = deque(), deque()
@@ -453,26 +457,31 @@ def predictFolder(patients, folder, out):
     return bad
 
 
-def _remarkOf(networks, paths, labels):
-    """Return a checksum of networks (given by their own), images and labels, for the header of a segmentation."""
-    states = [(name, Path(file).name, os.stat(file)) for name, file in paths.items()]
-    files = [(name, file, state.st_size, state.st_mtime_ns) for name, file, state in states]
-    return f'predictor.py {_checksumOf([networks, files, list(labels.items())])[:32]}'
-
-
-def _hasRemark(file, remark):
-    """Return whether a segmentation is there and has this remark in its header."""
-    try:
-        return nib.load(file).header['descrip'].item() == remark.encode()
-    except (OSError, nib.filebasedimages.ImageFileError):
-        return False
+def _writeSettings(file, about, patients):
+    """Write the rules of a model folder, and whom all its networks were trained on, beside what is there already."""
+    before = json.loads(file.read_text())['prediction'] if file.is_file() else {}
+    if 'weights' in before:
+        raise ValueError(f'{file.parent} holds segmentations of postprocess.predictFolder. Choose another folder.')
+    made = [member['provenance'] for member in about['members']]
+    seen = [{withoutTime(each) for each in (*own['patients'], *own['earlier'])} for own in made]
+    trained = {each for each in patients if all(withoutTime(each) in ids for ids in seen)}
+    voxels, *others = [own.get('voxels', {}) for own in made]
+    voxels = {each: sums for each, sums in voxels.items() if all(each in other for other in others)}
+    settings = {
+        'rules': about['rules'] or before.get('rules'),
+        'trainedOn': sorted(trained.union(before.get('trainedOn', ()))),
+        'voxels': before.get('voxels', {}) | voxels,
+    }
+    with suppress(BlockingIOError), writeAtomically(file) as temporary:  # another process is writing the same
+        temporary.write_text(json.dumps({'prediction': settings}, indent=1))
 
 
 def _write(yhat, paths, about, labels, file, stem, remark=''):
     """Write the segmentation of a patient after the rules of a model folder, and the names of its labels."""
     yhat = applyRules(yhat, about['rules'], spacingOf(paths))
     saveSegmentation(yhat, paths, file, labels, remark)
-    saveLabelNames(labels, stem, about['classes'], about['colors'])
+    with suppress(BlockingIOError):  # another process is writing the same
+        saveLabelNames(labels, stem, about['classes'], about['colors'])
 
 
 def main(arguments=None):
@@ -490,7 +499,8 @@ def main(arguments=None):
         hasFolder = bool(others) and first.partition('=')[0] not in COLUMNS
         network, named = loadFolder(first if hasFolder else 'glioma'), others if hasFolder else given.patient
         patients, isFile, bad = _findPatients(named), given.out.endswith(('.nii', '.nii.gz')), {}
-        if not isFile and (not os.path.isdir(named[0]) or Path(given.out).suffix):
+        isFolder = os.path.isdir(given.out) or not Path(given.out).suffix
+        if not isFile and not (os.path.isdir(named[0]) and isFolder):
             raise ValueError(f'{given.out}: the last argument is the file to write, .nii or .nii.gz, or a folder.')
         if isFile and len(patients) > 1:
             raise ValueError(f'{given.out}: there are {len(patients)} patients; name a folder for them, not a file.')
@@ -499,6 +509,8 @@ def main(arguments=None):
             if isFile:
                 [(patient, paths)] = patients.items()
                 paths = _imagesOf(paths, network.about, patient)
+                if os.path.exists(given.out) and any(os.path.samefile(given.out, file) for file in paths.values()):
+                    raise ValueError(f'{given.out} is an image of {patient}: name another file to write.')
                 yhat = predict(paths, network, **_optionsOf(network.about['rules']))
                 stem = re.sub(r'\.nii(\.gz)?$', '', given.out)
                 _write(yhat, paths, network.about, labelsFor(paths, network.about), given.out, stem)

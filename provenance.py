@@ -129,7 +129,8 @@ def _checksumOf(file, known):
         with open(file, 'rb') as stream:
             stream.seek(-min(8, file.stat().st_size), 2)
             value, size = struct.unpack('<II', stream.read().rjust(8, b'\0'))
-        return f'{value:08x}{size:x}'
+        if value or size:  # bgzip ends with an empty part
+            return f'{value:08x}{size:x}'
     found = file.stat()
     state = [found.st_size, found.st_mtime_ns, found.st_ino]
     if known.get(str(file), [])[:3] != state:
@@ -315,7 +316,7 @@ def trainedAmong(model, ids):
 def trainedPatients(model, df):
     """Return the ids of the patients of a file list that a model was trained on.
 
-    A patient counts as trained on if the training had one of its images, or a scan of the same subject. If the training
+    A patient counts as trained on if the training had its images, or a scan of the same subject. If the training
     had the same id with entirely different images, it is another patient, and a warning says so.
 
     Args:
@@ -333,7 +334,7 @@ def trainedPatients(model, df):
     if voxels:  # the images are read
         hasVoxels = forEachPatient(functools.partial(hasVoxelsOf, voxels=voxels), df, 'known patients')
     for (patient, paths), isKnown in zip(df.iterrows(), hasVoxels, strict=True):
-        patient, isSame = str(patient), isKnown or _hasImageOf(paths, images)
+        patient, isSame = str(patient), isKnown or _hasImagesOf(paths, seen, images)
         if not isSame and patient in seen and _isAnother(paths, seen[patient]):
             text = f'{patient} has the name of a patient that the model was trained on, but other images.'
             warnings.warn(text, stacklevel=3)
@@ -348,10 +349,18 @@ def _isAnother(paths, sums):
     return bool(own) and all(sums[name] != value for name, value in own.items())
 
 
-def _hasImageOf(paths, images):
-    """Return whether a patient has a `.gz` image whose checksum is in the set `images`."""
-    files = [Path(paths[column]) for column in config.MODALITIES if hasFile(paths, column)]
-    return any(_checksumOf(file, {}) in images for file in files if file.suffix.lower() == '.gz' and file.is_file())
+def _hasImagesOf(paths, seen, images):
+    """Return whether the `.gz` images of a patient are those of one that was `seen`; `images` has all checksums.
+
+    One image is not enough: where a modality is missing, several patients may have the same empty one.
+    """
+    files = {name: Path(paths[name]) for name in config.MODALITIES if hasFile(paths, name)}
+    files = {name: file for name, file in files.items() if file.suffix.lower() == '.gz' and file.is_file()}
+    own = {name: _checksumOf(file, {}) for name, file in files.items()}
+    if images.isdisjoint(own.values()):
+        return False
+    pairs = ([(value, sums[name]) for name, value in own.items() if sums.get(name)] for sums in seen.values())
+    return any(found and all(one == other for one, other in found) for found in pairs)
 
 
 def membersOf(model):

@@ -172,11 +172,16 @@ def _describeRules(rules):
 
 
 def _checkIsSame(folder, about):
-    """Raise a ValueError unless a folder holds the same models, with or without ONNX files."""
+    """Add the voxels of patients to a folder; raise a ValueError unless it has the same models, whatever ONNX files."""
     try:
         before = readAbout(folder, ('.safetensors', '.json'))
     except (ValueError, OSError) as error:
         raise ValueError(f'{folder} is not empty, and no whole model folder: {error} Choose another one.') from error
     files = {name: value for name, value in before['files'].items() if not name.endswith('.onnx')}
+    for own in zip(before['members'], about['members'], strict=False):  # one of them may be packed without the patients
+        old, new = (member['provenance'] for member in own)
+        if voxels := new.get('voxels', {}) | old.get('voxels', {}):
+            old['voxels'] = new['voxels'] = voxels
     if json.loads(json.dumps(about)) != {**before, 'files': files, 'onnx': None}:
         raise ValueError(f'{folder} holds other models or settings. Choose another folder, or delete it.')
+    writeAbout(folder, before)

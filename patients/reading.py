@@ -29,9 +29,10 @@ UNREADABLE += (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataE
 
 
 def modelFolder(name):
-    """Return the path of a model folder, given as its path, or as 'glioma', the weights in the box."""
-    own = Path(__file__).resolve().parent.parent / 'weights' / name
-    return own if own.is_dir() else Path(name)
+    """Return the path of a model folder, given as its path, or, where there is none, as 'glioma', those in the box."""
+    box, name = Path(__file__).resolve().parent.parent / 'weights', Path(name)
+    isOwn = (name / 'config.json').is_file() or not (box / name / 'config.json').is_file()
+    return name if isOwn else box / name
 
 
 def makeFileList(folder=None):
@@ -240,6 +241,8 @@ def readVolumes(paths, modalities=None):
     for modality, file in files:
         volume, affine = readVolume(file, patient, channels.get(modality), opened)
         grids[modality] = volume.shape, affine
+        if not volume[len(volume) // 2].any() and not volume.any():
+            print(f'{patient}: {modality} is 0 everywhere, as if it were missing.')
         for other in ('seg', modality):
             if other in grids:
                 checkGrid(paths, other, *grids[other], modalities[0], *grids[modalities[0]])

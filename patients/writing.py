@@ -1,6 +1,9 @@
 """Write a patient's segmentation as NIfTI, with the names and colors of its labels beside it."""
 
 import gzip
+import hashlib
+import json
+import os
 import warnings
 from pathlib import Path
 
@@ -10,7 +13,9 @@ import numpy as np
 import config
 from atomic import writeAtomically
 from patients.editions import CAVITY, COLUMNS, labelsOf
-from patients.reading import detectEdition, firstFile
+from patients.reading import UNREADABLE, detectEdition, firstFile, hasFile
+
+_MADE = 'by this package: '  # begins the remark in the header of a segmentation
 
 
 def saveSegmentation(yhat, paths, file, labels=None, remark=''):
@@ -49,6 +54,39 @@ def saveSegmentation(yhat, paths, file, labels=None, remark=''):
     table = np.zeros(max(labels) + 1, np.uint8)
     table[list(labels)] = list(labels.values())
     _saveOnGrid(table[classes], paths, file, remark)
+
+
+def remarkOf(about, paths, columns):
+    """Return what is written into the header of a segmentation: a checksum of all that it was made of.
+
+    Args:
+        about: networks and settings, as JSON has them.
+        paths: one row of the file list.
+        columns: of the files that were read. Their names, sizes and times count.
+    """
+    files = [(name, Path(paths[name])) for name in columns if hasFile(paths, name)]
+    states = [(name, file.name, os.stat(file)) for name, file in files if file.is_file()]
+    made = [about, [(name, file, state.st_size, state.st_mtime_ns) for name, file, state in states]]
+    return f'{_MADE}{hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]}'
+
+
+def isWritten(file, remark):
+    """Return whether a segmentation, `.nii.gz`, is there, not cut short, with this remark in its header.
+
+    One without any remark of ours was corrected by hand, or comes from elsewhere: it counts too, and a line says so.
+    """
+    try:
+        image = nib.load(file)
+        with open(file, 'rb') as stream:
+            stream.seek(-4, os.SEEK_END)
+            size = int.from_bytes(stream.read(), 'little')  # of the content, after the last block
+    except UNREADABLE:
+        return False
+    found = image.header['descrip'].item().decode(errors='replace')
+    if not found.startswith(_MADE):
+        print(f'{file} is kept: it was corrected, or another program wrote it.')
+        return True
+    return found == remark and size == image.dataobj.offset + image.get_data_dtype().itemsize * np.prod(image.shape)
 
 
 def saveProbabilities(probability, paths, file):

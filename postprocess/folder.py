@@ -20,10 +20,10 @@ import metrics
 from atomic import writeAtomically
 from engine import segment, segmentAll
 from metrics.rules import RULES, findRule
-from patients.editions import CAVITY, Edition, countWithCavity, labelsOf
+from patients.editions import CAVITY, COLUMNS, Edition, countWithCavity, labelsOf
 from patients.parallel import attempt, forEachPatient, leaveOut, usesProcesses
-from patients.reading import checkGrid, detectEdition, hasFile, readVolume, spacingOf, toClasses
-from patients.writing import saveLabelNames, saveProbabilities, saveSegmentation
+from patients.reading import checkGrid, detectEdition, hasFile, hasVoxelsOf, readVolume, spacingOf, toClasses
+from patients.writing import isWritten, remarkOf, saveLabelNames, saveProbabilities, saveSegmentation
 from postprocess.components import applyRules, kindOf
 from postprocess.quality import describeDisagreement, measureMember
 from provenance import inputsOf, membersFor, membersOf, provenanceOf, stretchingsIn, trainedAmong, warnOfTrained
@@ -34,8 +34,8 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
 
     Patients that the model was trained on are segmented, but not scored. Of an ensemble (a list of models), a patient
     is predicted by the members that were not trained on it, so those of a cross-validation predict and score all.
-    A stopped call goes on with the patients that are missing in the folder, or whose files are newer than their
-    segmentation. Under `joblib.parallel_config` the processes of its backend predict the patients.
+    A stopped call goes on with the patients that are missing in the folder, or whose files have changed; one that was
+    corrected by hand is kept. Under `joblib.parallel_config` the processes of its backend predict the patients.
 
     Args:
         df: file list.
@@ -68,19 +68,22 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         trained = membersFor(model, df)[1]
     before = _refuseOthers(folder, made)
     about = {**made, 'trainedOn': _trainedOn(model, {*(before.get('trainedOn') or ()), *trained}), **options}
-    if before != json.loads(json.dumps(about, default=str)):  # shards that begin together write the same
-        _writeSettings(folder, about)
+    if before != json.loads(json.dumps(about, default=str)):
+        with suppress(BlockingIOError):  # shards that begin together write the same
+            _writeSettings(folder, about)
     file = folder / (f'scores.{number}of{numParts}.csv' if part else 'scores.csv')
-    df = df.iloc[number::numParts]
+    read = inputs[0].modalities
+    df = df.iloc[number::numParts].assign(**dict.fromkeys(set(COLUMNS) - {*read, 'seg'}))  # others may have other grids
     noted, ids = file.with_name(file.name.replace('scores', 'disagreement')), df.index.astype(str)
     isScored = df['seg'].notna().to_numpy() & ~ids.isin(trained)
-    files = [folder / 'upload' / f'{patient}.nii.gz' for patient in df.index]
-    isDone = [_isFinished(df.iloc[row], inputs[0].modalities, file) for row, file in enumerate(files)]
-    isLeft = ~np.array(isDone, bool) | (isScored & ~ids.isin(_readScores(file)['patient']))
-    isLeft |= ~ids.isin(_readScores(noted)['patient'])
+    remarks = {patient: remarkOf(made, paths, (*read, 'seg')) for patient, paths in df.iterrows()}
+    isLeft = ~ids.isin(_readScores(noted)['patient']) | (isScored & ~ids.isin(_readScores(file)['patient']))
+    for row, patient in enumerate(df.index):
+        isLeft[row] |= not isWritten(folder / 'upload' / f'{patient}.nii.gz', remarks[patient])
+        isLeft[row] |= probabilities and not (folder / 'maps' / f'{patient}_entropy.nii.gz').is_file()
     if not isLeft.all():
         print(f'{(~isLeft).sum()} of {len(df)} patients are finished in {folder}.')
-    finish = functools.partial(_finishPatient, folder=folder, rules=rules, kind=kind, trained=trained)
+    finish = functools.partial(_finishPatient, folder=folder, rules=rules, kind=kind, trained=trained, remarks=remarks)
     options |= {'transform': transform, 'probabilities': probabilities, 'measure': measureMember}
     if usesProcesses():
         results = _predictByProcesses(df[isLeft], model, finish, **options)
@@ -114,13 +117,13 @@ def _predictAndFinish(paths, members, finish, options):
     return found if isinstance(found, Exception) else finish(paths, found)
 
 
-def _finishPatient(paths, found, folder, rules, kind, trained):
+def _finishPatient(paths, found, folder, rules, kind, trained, remarks):
     """Write the `engine.Segmentation` of a patient; return its id, its disagreement, and its scores or None."""
     patient, spacing = paths.name, spacingOf(paths)
     yhat = applyRules(found.yhat, rules, spacing, kind)
     edition = detectEdition(paths)
     labels = labelsOf(edition)
-    saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz')
+    saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz', remark=remarks[patient])
     with suppress(BlockingIOError):  # another process is writing the same
         saveLabelNames(labels, folder / edition)
     if labels.get(CAVITY) == 0:
@@ -130,12 +133,6 @@ def _finishPatient(paths, found, folder, rules, kind, trained):
     isScored = found.y is not None and str(patient) not in trained
     scores = metrics.scorePatient(found.y, yhat, spacing) if isScored else None
     return patient, describeDisagreement(found.measured, yhat), scores
-
-
-def _isFinished(paths, modalities, file):
-    """Return whether a patient's segmentation is newer than its images and its truth."""
-    given = [Path(paths[name]) for name in (*modalities, 'seg') if hasFile(paths, name)]
-    return file.is_file() and all(each.is_file() and each.stat().st_mtime <= file.stat().st_mtime for each in given)
 
 
 def _readScores(file):
@@ -159,7 +156,8 @@ def _trainedOn(model, trained):
 
 def _describeInput(inputs, transform):
     """Return the input settings of the members of an ensemble as JSON has them; of the transforms their stretchings."""
-    source = 'given' if transform is not None else 'of the training'
+    given = repr(transform) if isinstance(transform, tio.Transform) else 'given'
+    source = 'of the training' if transform is None else given
     described = [each._replace(transform=[stretchingsIn(each.transform), source])._asdict() for each in inputs]
     return json.loads(json.dumps(described))
 
@@ -181,6 +179,8 @@ def _refuseOthers(folder, made):
         raise ValueError(
             f'{folder} holds segmentations with other {" and ".join(differing)}. Choose another folder, or delete it.'
         )
+    if not before and any((folder / 'upload').glob('*.nii*')):
+        raise ValueError(f'{folder}/upload holds segmentations of another program. Choose another folder.')
     return before
 
 
@@ -250,7 +250,7 @@ def scoreFolder(df, folder, rules=None, challenges=None):
 
     Args:
         df: file list. Patients without a true segmentation are left out and counted, and so are those that the model
-            was trained on, if `predictFolder` or `writeScores` has noted them.
+            was trained on, if `predictFolder`, `writeScores` or `predictor.py` has noted them.
         folder: holds `<patient>.nii.gz` or `.nii` for each patient, as `readPrediction` reads it.
         rules: Tuning of `tunePostprocessing`, applied before scoring; it leaves the resection cavity as it is. A list
             of names is taken as `challenges`.
@@ -280,7 +280,9 @@ def scoreFolder(df, folder, rules=None, challenges=None):
     rows = {patient: paths for patient, paths in df.iterrows() if hasFile(paths, 'seg')}
     if len(rows) < len(df):
         print(f'{len(df) - len(rows)} of {len(df)} patients have no true segmentation and are not scored.')
-    trained = [str(patient) for patient in rows if str(patient) in (about.get('trainedOn') or ())]
+    known = functools.partial(hasVoxelsOf, voxels=about.get('voxels', {}))
+    isKnown = dict(zip(rows, forEachPatient(known, df.loc[list(rows)], 'known patients'), strict=True))
+    trained = [str(each) for each in rows if isKnown[each] or str(each) in (about.get('trainedOn') or ())]
     rows = {patient: paths for patient, paths in rows.items() if str(patient) not in trained}
     if trained:
         print(f'Not scored, because the model was trained on them: {", ".join(trained)}.')

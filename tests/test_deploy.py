@@ -27,7 +27,7 @@ import preprocess
 import provenance
 import utils
 from conftest import save, settingsOf, volumesOf
-from patients import volumes
+from patients import reading, volumes
 from postprocess import components
 
 HOME = Path(__file__).resolve().parent.parent
@@ -439,7 +439,7 @@ def test_main_predictsAFolderAndGoesOn(tmp_path, capsys):
     assert f'{bad.name}: {bad["t2"]} cannot be used' in said.out
     files = [out / f'{paths.name}.nii.gz' for paths in (first, last)]
     names = [out / f'labels_0-1-2-4_{end}' for end in ('itksnap.txt', 'slicer.ctbl')]
-    assert sorted(out.iterdir()) == sorted([*files, *names])
+    assert sorted(out.iterdir()) == sorted([*files, *names, out / 'settings.json'])
     for file, paths in zip(files, (first, last), strict=True):
         patients.saveSegmentation(predictor.predict(paths, folder), paths, tmp_path / 'one.nii.gz')
         np.testing.assert_array_equal(*(np.asarray(nib.load(each).dataobj) for each in (file, tmp_path / 'one.nii.gz')))
@@ -452,6 +452,33 @@ def test_main_predictsAFolderAndGoesOn(tmp_path, capsys):
     other = exportModel(tmp_path / 'other', writeCheckpoint('b.pt', seed=1))
     predictor.main([other, str(tmp_path / 'data'), str(out)])
     assert 'before' not in capsys.readouterr().out
+    save(np.ones((40, 44, 20), np.uint8), files[0])  # corrected by hand
+    corrected = files[0].read_bytes()
+    files[1].write_bytes(files[1].read_bytes()[:-9])  # cut short
+    Path(bad['t2']).unlink()
+    Path(bad['t2']).symlink_to('nowhere')
+    with pytest.raises(SystemExit, match='1'):
+        predictor.main([other, str(tmp_path / 'data'), str(out)])
+    said = capsys.readouterr()
+    assert f'{files[0]} is kept: it was corrected' in said.out and '1 of 3 patients were segmented before' in said.out
+    assert f'1 of 3 patients are not segmented: {bad.name}.' in said.err
+    assert files[0].read_bytes() == corrected and np.asarray(nib.load(files[1]).dataobj).shape == (40, 44, 20)
+
+
+def test_predictFolder_ofThePredictorTellsWhomTheNetworksKnow(tmp_path, capsys):
+    """By the voxels, under another name, and by the name; a folder of torch's is not mixed up with it."""
+    phantom.makeCases(tmp_path / 'data', 3, shape=(40, 44, 20))
+    df = patients.makeFileList(tmp_path / 'data').rename({'BraTS20_Training_003': 'BraTS20_Training_009'})
+    known, file = df[:1].rename({df.index[0]: 'BraTS20_Training_009'}), writeCheckpoint('a.pt')
+    folder, out = exportModel(tmp_path / 'folder', file, df=known), tmp_path / 'out'
+    predictor.predictFolder(df.to_dict('index'), folder, out)
+    scores = postprocess.scoreFolder(df, out)
+    assert set(scores['patient']) == {df.index[1]}
+    said = capsys.readouterr().out
+    assert f'Not scored, because the model was trained on them: {df.index[0]}, {df.index[2]}.' in said
+    postprocess.predictFolder(df[1:2], utils.loadModel(file), tmp_path / 'torch')
+    with pytest.raises(ValueError, match=r'torch holds segmentations of postprocess\.predictFolder'):
+        predictor.predictFolder(df.to_dict('index'), folder, tmp_path / 'torch')
 
 
 def test_main_refusesAnotherPlaceToWrite(tmp_path, paths, capsys):
@@ -463,10 +490,22 @@ def test_main_refusesAnotherPlaceToWrite(tmp_path, paths, capsys):
         ([str(tmp_path / 'two')], 'a.nii.gz', 'there are 2 patients; name a folder for them, not a file'),
         (named, 'a', 'the last argument is the file to write'),
         ([str(tmp_path / 'two')], 'a.mha', 'the last argument is the file to write'),
+        (named, paths['t2'], 'is an image of'),  # the last was forgotten
     ):
         with pytest.raises(SystemExit):
             predictor.main([folder, *given, str(tmp_path / 'new' / out)])
         assert words in capsys.readouterr().err and not (tmp_path / 'new').exists()
+    (tmp_path / 'out.v1').mkdir()
+    predictor.main([folder, str(tmp_path / 'two'), str(tmp_path / 'out.v1')])
+    assert len(list((tmp_path / 'out.v1').glob('*.nii.gz'))) == 2
+
+
+def test_modelFolder_prefersTheOwnFolder(tmp_path, monkeypatch):
+    """A folder that is named like the weights in the box is not passed over for them."""
+    monkeypatch.chdir(tmp_path)
+    assert reading.modelFolder('glioma') == HOME / 'weights' / 'glioma' and reading.modelFolder('.') == Path('.')
+    deploy.packModel(writeCheckpoint('a.pt'), 'glioma')
+    assert reading.modelFolder('glioma') == Path('glioma')
 
 
 def test_packModel_addsTheNetworksOfThePredictor(tmp_path, monkeypatch, capsys):
@@ -475,7 +514,10 @@ def test_packModel_addsTheNetworksOfThePredictor(tmp_path, monkeypatch, capsys):
     phantom.makeCases(tmp_path / 'data', 2, shape=(40, 44, 20))
     df, file = patients.makeFileList(tmp_path / 'data'), writeCheckpoint('a.pt')
     monkeypatch.setattr(deploy.pack, 'find_spec', lambda name: None)
-    deploy.packModel(file, tmp_path / 'folder', df)
+    deploy.packModel(file, tmp_path / 'folder')
+    deploy.packModel(file, tmp_path / 'folder', df.rename({df.index[0]: 'BraTS20_Training_009'}))  # of the training
+    [own] = predictor.readAbout(tmp_path / 'folder', ())['members']
+    assert list(own['provenance']['voxels']) == ['BraTS20_Training_009']
     assert 'folder has no ONNX files: pip install onnx onnxruntime, then' in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.setattr(deploy.onnx, 'LARGEST_LOSS', -2)

@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +15,7 @@ import metrics
 import patients
 import phantom
 import postprocess
-from conftest import COLUMNS, NEWER, save
+from conftest import COLUMNS, NEWER, save, settingsOf
 from metrics.rules import RULES
 from patients import editions
 
@@ -502,3 +503,43 @@ def test_predictFolder_goesOnWithWhatIsMissingOrOld(df, tmp_path, capsys):
     goOn(len(df) - 2)
     os.utime(df['seg'].iloc[0], (2e9, 2e9))  # its truth was mended
     goOn(len(df) - 1)
+    Path(df['t2'].iloc[1]).write_bytes(Path(df['t2'].iloc[0]).read_bytes())
+    os.utime(df['t2'].iloc[1], (1, 1))  # another image, older than its segmentation
+    file = folder / 'upload' / f'{df.index[1]}.nii.gz'
+    expected = postprocess.predictFolder(df, model, tmp_path / 'fresh', **options)
+    goOn(len(df) - 1)
+    assert file.read_bytes() == (tmp_path / 'fresh' / 'upload' / file.name).read_bytes()
+    file.write_bytes(file.read_bytes()[:-9])  # cut short, as by a full disk
+    goOn(len(df) - 1)
+    save(np.ones((40, 40, 16), np.uint8), file)  # corrected by hand
+    before = file.read_bytes()
+    goOn(len(df))
+    assert file.read_bytes() == before
+    postprocess.predictFolder(df, model, folder, probabilities=True, **options)
+    assert len(list((folder / 'maps').iterdir())) == 2 * len(df)
+
+
+def test_predictFolder_takesTheGridOfTheImagesThatItReads(df, tmp_path):
+    """An image that the model does not need may lie on another grid, though it is the first of `config`."""
+    for file in df['t1ce']:
+        save(np.ones((20, 40, 16), np.int16), Path(file), np.diag([2, 1, 1, 1]))
+    model = smp.Unet('resnet18', encoder_weights=None, in_channels=2, classes=4, decoder_channels=(32, 16, 16, 8, 8))
+    model.provenance = {
+        'settings': settingsOf(modalities=['t2', 'flair'], planes=['axial'], activation='softmax'),
+        'patients': {},
+        'earlier': {},
+        'validated': {},
+    }
+    with pytest.warns(UserWarning, match='MODALITIES'):
+        postprocess.predictFolder(df, model, tmp_path / 'out')
+    for patient, paths in df.iterrows():
+        written, image = (nib.load(file) for file in (tmp_path / 'out' / 'upload' / f'{patient}.nii.gz', paths['t2']))
+        assert written.shape == image.shape and (written.affine == image.affine).all()
+
+
+def test_predictFolder_refusesTheFolderOfAnotherProgram(df, tmp_path):
+    """Segmentations that it did not write are not overwritten."""
+    file = tmp_path / 'out' / 'upload' / f'{df.index[0]}.nii.gz'
+    save(np.zeros((40, 40, 16), np.uint8), file)
+    with pytest.raises(ValueError, match='upload holds segmentations of another program'):
+        postprocess.predictFolder(df, makeUnet(), tmp_path / 'out')

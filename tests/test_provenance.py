@@ -4,6 +4,7 @@ import gzip
 import warnings
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,6 +22,7 @@ import preprocess
 import provenance
 import transforms
 import utils
+from conftest import save as saveVolume
 from conftest import writePatchFile
 
 SCALER = torch.amp.GradScaler('cuda', enabled=False)
@@ -438,6 +440,26 @@ def test_predictAll_knowsOtherPatientsOfTheSameName(df, tmp_path):
     assert provenance.trainedPatients(model, df) == [df.index[0]]
     with pytest.warns(UserWarning, match=f'{df.index[0]} has the name of a patient that the model was trained on, but'):
         assert provenance.trainedPatients(model, elsewhere) == []
+
+
+def test_trainedPatients_takesNoPatientForAnotherByAnEmptyImage(df):
+    """Where T2 is missing, files of zeros may stand in its place: they are equal in all patients."""
+    affine = nib.load(df['t1ce'].iloc[0]).affine
+    for file in df['t2']:
+        saveVolume(np.zeros((40, 40, 16), np.int16), Path(file), affine)
+    assert provenance.checksums(df.iloc[0])['t2'] == provenance.checksums(df.iloc[1])['t2']
+    model = makeTrained(df)
+    assert provenance.trainedPatients(model, df) == [df.index[0]]
+    assert provenance.trainedPatients(model, df.rename({df.index[0]: 'BraTS20_Training_777'})) == [
+        'BraTS20_Training_777'
+    ]
+
+
+def test_checksums_tellFilesOfBgzipApart(df):
+    """Their last part is empty, and has the same checksum in all."""
+    for file in df['t2']:
+        Path(file).write_bytes(Path(file).read_bytes() + gzip.compress(b''))
+    assert provenance.checksums(df.iloc[0])['t2'] != provenance.checksums(df.iloc[1])['t2']
 
 
 def test_trainedPatients_knowsAnUnpackedCopy(df, tmp_path):
