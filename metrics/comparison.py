@@ -165,7 +165,7 @@ def _verdict(first, name, row, numPatients, share):
         return 'cannot be told'
     allowed = (row['difference'] / row['smallest']) ** 2 - share  # of the variance, in times what it is
     if allowed <= 0:
-        return 'cannot be told: more seeds would be needed'
+        return 'cannot be told: more patients or seeds would be needed'
     needed = numPatients * (1 - share) / allowed
     if needed > _MOST_PATIENTS:
         return f'cannot be told: more than {_MOST_PATIENTS:,} patients would be needed'
@@ -176,8 +176,8 @@ def fitLearningCurve(scores):
     """Return the Dice of recipes by the number of training patients, with a power law that is fitted to it.
 
     The law is 1 - Dice = a n^-b for n patients, fitted by least squares of the logarithms. The intervals are those of a
-    percentile bootstrap over the patients that were scored, as in `summarize`. They do not count that another training
-    would end otherwise.
+    percentile bootstrap over the patients that were scored and, at the same time, over the trainings (fold and seed),
+    as both are chance.
 
     Args:
         scores: DataFrame as in `compareRecipes`, with a column `patients`, the number of training patients.
@@ -185,25 +185,37 @@ def fitLearningCurve(scores):
     Returns:
         DataFrame indexed by `recipe` and `patients`, with one row more for twice the largest number, and the columns
         `mean` (of the Dice over regions, patients and seeds), `low`, `high` (its interval), `fitted`, `fittedLow`,
-        `fittedHigh` (of the law; NaN with a single number of patients). Mean and interval of the last row are NaN.
+        `fittedHigh` (of the law; NaN with a single number of patients), `gain`, `gainLow`, `gainHigh` (of the law,
+        from the row before). Mean and interval of the last row are NaN.
+
+    Reference:
+        Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1 (2007).
     """
     rows, ends = {}, [(1 - config.CONFIDENCE) / 2, (1 + config.CONFIDENCE) / 2]
+    scores = scores.assign(subject=scores.get('subject', scores['patient']))
     for name, part in scores.groupby('recipe', sort=False):
-        values = part.pivot_table(index='patient', columns='patients', values='dice')  # means over regions and seeds
+        values = part.pivot_table(index=['fold', 'seed', 'subject', 'patient'], columns='patients', values='dice')
         sizes = values.columns.to_numpy(float)
         more = np.append(sizes, 2 * sizes[-1])
-        draw = np.random.default_rng(config.SEED).integers
-        drawn = draw(len(values), size=(config.BOOTSTRAP_RESAMPLES, len(values)))
-        drawn[0] = range(len(values))  # the patients themselves
-        means = values.to_numpy()[drawn].mean(1)
+        generator, weights = np.random.default_rng(config.SEED), 1
+        for levels in ('subject', ['fold', 'seed']):
+            unit = values.groupby(levels).ngroup().to_numpy()
+            count = unit.max() + 1
+            drawn = generator.multinomial(count, np.full(count, 1 / count), config.BOOTSTRAP_RESAMPLES)
+            drawn[0] = 1  # the scores themselves
+            weights = weights * drawn[:, unit]
+        weights = weights[weights.any(1)]
+        means = weights @ values.to_numpy() / weights.sum(1, keepdims=True)
         fitted = np.full((len(means), len(more)), np.nan)
         if len(sizes) > 1:
             slope, start = np.polyfit(np.log(sizes), np.log(np.maximum(1 - means.T, _SAME)), 1)
             fitted = 1 - np.exp(start[:, None] + slope[:, None] * np.log(more))
         means = np.pad(means, [(0, 0), (0, 1)], constant_values=np.nan)
-        columns = [each for own in (means, fitted) for each in (own[0], *np.quantile(own, ends, axis=0))]
+        gain = np.diff(fitted, axis=1, prepend=np.nan)
+        columns = [each for own in (means, fitted, gain) for each in (own[0], *np.quantile(own, ends, axis=0))]
         rows |= {(name, int(size)): row for size, row in zip(more, np.transpose(columns), strict=True)}
-    columns = ['mean', 'low', 'high', 'fitted', 'fittedLow', 'fittedHigh']
+    columns = [f'{name}{end}' for name in ('', 'fitted', 'gain') for end in ('', 'Low', 'High')]
+    columns[:3] = ['mean', 'low', 'high']
     table = pd.DataFrame.from_dict(rows, orient='index', columns=columns)
     table.index = pd.MultiIndex.from_tuples(rows, names=['recipe', 'patients'])
     return table

@@ -47,7 +47,10 @@ def test_compare_trainsEachRecipeInEachFoldWithEachSeed(df, tmp_path, monkeypatc
     for seed in (0, 1):  # the same patients, in the same order of the work
         sets = [{each for _, *its, each in trained if its == [seed, rate]} for rate in (config.LEARN_RATE, 1e-5)]
         assert sets[0] == sets[1] and len(sets[0]) == 2
+    whom = [{each for _, seed, _, each in trained if seed == number} for number in (0, 1)]
+    assert whom[0] != whom[1]  # each seed has folds of its own
     scores = pd.read_csv(tmp_path / 'out' / 'scores.csv')
+    assert (scores['steps'] >= 3).all() and (scores['preparation'].dropna() > 0).all()  # whole epochs
     assert len(scores) == 2 * 2 * 4 * 3 and not scores.duplicated(['recipe', 'seed', 'patient', 'region']).any()
     assert list(table.index) == ['rate', 'slow']
     names = {'comparison.csv', 'comparison.html', 'comparison.png', 'recipe-rate', 'recipe-slow', 'scores.csv'}

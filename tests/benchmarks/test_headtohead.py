@@ -25,15 +25,17 @@ def test_main_comparesWithTheOtherSystem(folder, monkeypatch):
     """Each patient is scored once by each system; nothing is trained twice; the table tells minutes and steps."""
     arguments = (folder / 'data', folder / 'out', 0.03, 2)
     monkeypatch.setattr(headtohead, 'OTHERS', {'MONAI SegResNet': peers.SegResNet})
-    alone = headtohead.main(*arguments, 'MONAI SegResNet')
-    assert list(alone.index) == ['MONAI SegResNet'] and not (folder / 'out' / 'own').exists()
+    alone, out = headtohead.main(*arguments, 'MONAI SegResNet'), folder / 'out' / '0.03 minutes, 2 folds'
+    assert list(alone.index) == ['MONAI SegResNet'] and not (out / 'own').exists()
+    assert list(headtohead.main(*arguments, 'default').index) == ['default']
     table = headtohead.main(*arguments)
     assert list(table.index) == ['default', 'small network', 'MONAI SegResNet']
-    parts = [pd.read_csv(folder / 'out' / f'MONAI SegResNet-{fold}.csv') for fold in range(2)]
+    parts = [pd.read_csv(out / f'MONAI SegResNet-{fold}.csv') for fold in range(2)]
     assert [len(part['patient'].unique()) for part in parts] == [1, 1]
     peer = pd.concat(parts)
     assert table.loc['MONAI SegResNet', 'dice WT'] == pytest.approx(peer.loc[peer['region'] == 'WT', 'dice'].mean())
     assert (table.loc['MONAI SegResNet', ['minutes', 'steps']] >= [0.03, 1]).all()
+    assert (table[['steps', 'preparation']] > 0).all(axis=None)
     monkeypatch.setattr(engine, 'train', None)
     monkeypatch.setattr(peers.SegResNet, 'train', None)
     pd.testing.assert_frame_equal(headtohead.main(*arguments), table)

@@ -222,7 +222,7 @@ def test_compareRecipes_asksForSeedsIfTrainingsDiffer():
     base = np.full((2, 20), 0.7)
     gains = np.array([[0.05], [-0.04]]) + np.zeros((2, 20))
     row = metrics.compareRecipes(tableOf([base, base + gains])).loc['b']
-    assert row['verdict'] == 'cannot be told: more seeds would be needed'
+    assert row['verdict'] == 'cannot be told: more patients or seeds would be needed'
 
 
 def test_compareRecipes_countsTheScansOfASubjectAsOne():
@@ -255,3 +255,17 @@ def test_fitLearningCurve_findsThePowerLaw():
     np.testing.assert_allclose(table['fitted'], 1 - 0.5 * np.array([2, 4, 8, 16.0]) ** -0.3)
     np.testing.assert_allclose(table['mean'][:3], table['fitted'][:3])
     np.testing.assert_allclose(table[['fittedLow', 'fittedHigh']], table[['fitted', 'fitted']])
+    np.testing.assert_allclose(
+        table[['gain', 'gainLow', 'gainHigh']][1:], np.diff(table['fitted'])[:, None] + np.zeros(3)
+    )
+
+
+def test_fitLearningCurve_intervalsCountTheTrainings():
+    """All patients are alike, and one of three seeds is worse: the interval goes from the worst seed to the best."""
+    seeds = np.array([0.7, 0.7, 0.4])[:, None] + np.zeros((3, 4))
+    parts = [tableOf([seeds + gain], ['a']).assign(patients=size) for size, gain in ((2, 0), (4, 0.1))]
+    table = metrics.fitLearningCurve(pd.concat(parts))
+    row, more = table.loc[('a', 4)], table.loc[('a', 8)]
+    assert row['mean'] == pytest.approx(0.7)
+    assert row['low'] < 0.6 and row['high'] == pytest.approx(0.8)
+    assert row['gain'] == pytest.approx(0.1) and more['gainLow'] < more['gain'] < more['gainHigh']
