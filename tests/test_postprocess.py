@@ -543,3 +543,22 @@ def test_predictFolder_refusesTheFolderOfAnotherProgram(df, tmp_path):
     save(np.zeros((40, 40, 16), np.uint8), file)
     with pytest.raises(ValueError, match='upload holds segmentations of another program'):
         postprocess.predictFolder(df, makeUnet(), tmp_path / 'out')
+
+
+def test_predictFolder_losesNoScoresWhenItIsStopped(df, tmp_path, monkeypatch):
+    """A large table is not written after each patient, but whenever the call ends."""
+    finish, isDue = postprocess.folder._finishPatient, property(lambda table: float('inf'), lambda table, value: None)
+
+    def finishOrStop(paths, *arguments, **options):
+        if paths.name == df.index[2]:
+            raise KeyboardInterrupt
+        assert not (tmp_path / 'out' / 'scores.csv').exists()
+        return finish(paths, *arguments, **options)
+
+    monkeypatch.setattr(postprocess.folder._GrowingTable, 'due', isDue, raising=False)
+    monkeypatch.setattr(postprocess.folder, '_finishPatient', finishOrStop)
+    df = patients.makeFileList(tmp_path / 'data')
+    with pytest.raises(KeyboardInterrupt):
+        postprocess.predictFolder(df, makeUnet(), tmp_path / 'out')
+    assert list(pd.read_csv(tmp_path / 'out' / 'scores.csv')['patient'].unique()) == list(df.index[:2])
+    assert list(pd.read_csv(tmp_path / 'out' / 'disagreement.csv')['patient'].unique()) == list(df.index[:2])
