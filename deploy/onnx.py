@@ -58,7 +58,7 @@ def exportOnnx(folder, patients=None):
     writeAbout(folder, about)  # no ONNX files until they are compared
     for file in Path(folder).glob('*/*.onnx'):
         file.unlink()
-    cases, largest = _casesOf(patients, about), 0.0
+    largest = 0.0
     with ExitStack() as stack:  # all files appear at its end, or none
         for member in about['members']:
             file, model = Path(folder, member['folder'], 'model.onnx'), buildMember(folder, about, member, 'cpu')
@@ -66,7 +66,7 @@ def exportOnnx(folder, patients=None):
             _export(model, len(about['modalities']), member['multiple'], temporary)
             own = {**about, 'members': [member]}
             pair = Network(own, [partial(_runTorch, model)]), Network(own, [startSession(temporary)], countCores())
-            largest = max(largest, *(_compare(case, pair, file) for case in cases))
+            largest = max(largest, *(_compare(case, pair, file) for case in _casesOf(patients, about)))
             about['files'][f'{member["folder"]}/model.onnx'] = hashFile(temporary)
     about['onnx'] = {'opset': OPSET, 'largestDifference': largest, 'torch': torch.__version__}
     writeAbout(folder, about)
@@ -210,15 +210,16 @@ def _runTorch(model, patches):
 
 
 def _casesOf(patients, about):
-    """Return a list of what `predictor.prepare` returns, of patients or of one random image."""
+    """Yield what `predictor.prepare` returns, of patients or of one random image."""
     if patients is not None and len(patients):
-        return [prepare(paths, about) for _, paths in patients.iterrows()]
+        yield from (prepare(paths, about) for _, paths in patients.iterrows())
+        return
     low, high = about['stretching'][1]
     values = torch.randn(9, len(about['modalities']), 8, 7, generator=torch.Generator().manual_seed(0))
     x = torch.nn.functional.interpolate(values, (80, 70), mode='bilinear').clamp(low, high).numpy()
     isBrain = np.zeros((9, 80, 70), bool)
     isBrain[1:, 6:70, 3:61] = True
-    return [('a random image', np.where(isBrain[:, None], x, np.float32(low)), isBrain)]
+    yield 'a random image', np.where(isBrain[:, None], x, np.float32(low)), isBrain
 
 
 def _compare(case, networks, file):

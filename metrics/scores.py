@@ -220,8 +220,9 @@ def summarize(table):
         values = np.sort(scores.to_numpy(dtype=float), axis=0)  # (patients, scores)
         with np.errstate(invalid='ignore'):  # of infinite distances
             low, high = bootstrapMean(values)
-            summary = {'mean': values.mean(0), 'median': np.median(values, axis=0)}
-            summary |= {'std': scores.std(skipna=False).to_numpy(), 'low': low, 'high': high, 'patients': len(part)}
+            summary = {'mean': (mean := values.mean(0)), 'median': np.median(values, axis=0)}
+            summary |= {'std': scores.std(skipna=False).to_numpy(), 'patients': len(part)}
+            summary |= {'low': np.minimum(low, mean), 'high': np.maximum(high, mean)}  # equal but for rounding
         if 'volumeTruth' in part:
             isEmpty = part['volumeTruth'] == 0
             summary |= {'emptyTruth': isEmpty.sum(), 'emptyBoth': (isEmpty & (part['volumePredicted'] == 0)).sum()}

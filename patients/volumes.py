@@ -22,7 +22,7 @@ _SMALLEST = 30  # voxels of a part, in every third slice: 0.1 ml
 
 @functools.cache
 def keepMemory():
-    """Let this process keep the memory of large arrays, up to 1 GB, for the next ones.
+    """Let this process keep the memory of large arrays for the next ones: it stays about as large as it once was.
 
     By itself glibc gives it back, and Linux clears the pages of every new array: a quarter of a prediction by torch on
     a CPU. Other C libraries have no `mallopt`.

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import warnings
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -29,7 +30,7 @@ def saveSegmentation(yhat, paths, file, labels=None, remark=''):
             first of `config.MODALITIES` that the patient has.
         file: path to write, `.nii.gz` or `.nii`; uint8 without scaling.
         labels: class -> label, in place of those of the edition.
-        remark: text of up to 79 characters for the header's field `descrip`.
+        remark: text of up to 70 characters for the header's field `descrip`; a checksum of the voxels follows it.
 
     Raises:
         ValueError: `yhat` has another shape than the images or other classes, or `file` another ending.
@@ -71,10 +72,7 @@ def remarkOf(about, paths, columns):
 
 
 def isWritten(file, remark):
-    """Return whether a segmentation, `.nii.gz`, is there, not cut short, with this remark in its header.
-
-    One without any remark of ours was corrected by hand, or comes from elsewhere: it counts too, and a line says so.
-    """
+    """Return whether a segmentation, `.nii.gz`, is there, not cut short, with this remark in its header."""
     try:
         image = nib.load(file)
         with open(file, 'rb') as stream:
@@ -82,11 +80,25 @@ def isWritten(file, remark):
             size = int.from_bytes(stream.read(), 'little')  # of the content, after the last block
     except UNREADABLE:
         return False
-    found = image.header['descrip'].item().decode(errors='replace')
-    if not found.startswith(_MADE):
-        print(f'{file} is kept: it was corrected, or another program wrote it.')
-        return True
-    return found == remark and size == image.dataobj.offset + image.get_data_dtype().itemsize * np.prod(image.shape)
+    isWhole = size == image.dataobj.offset + image.get_data_dtype().itemsize * np.prod(image.shape)
+    return isWhole and image.header['descrip'].item().startswith(remark.encode())
+
+
+def isCorrected(file):
+    """Return whether a segmentation is there that was corrected by hand, or comes from elsewhere; a line says so.
+
+    That is one with other voxels than those whose checksum stands in its header, or with no remark of ours.
+    """
+    try:
+        image = nib.load(file)
+        value = zlib.crc32(np.ascontiguousarray(image.dataobj))
+    except UNREADABLE:
+        return False
+    made, found = (_MADE.encode(), b'predictor.py '), image.header['descrip'].item()  # the second: earlier versions
+    if found.startswith(made) and (found.startswith(made[1]) or found.endswith(b'%08x' % value)):
+        return False
+    print(f'{file} is kept: it was corrected, or another program wrote it.')
+    return True
 
 
 def saveProbabilities(probability, paths, file):
@@ -118,15 +130,15 @@ def _saveOnGrid(values, paths, file, remark=''):
     stored = nib.apply_orientation(np.moveaxis(values, 0, 2), toSource)  # (D, W, H) -> (W, H, D) -> the file's order
     if stored.shape[:3] != source.shape[:3]:
         raise ValueError(f'{file}: the volume has the shape {stored.shape[:3]}, the images have {source.shape[:3]}.')
-    header = nib.Nifti1Header()
-    header['descrip'] = remark.encode()
+    header, stored = nib.Nifti1Header(), np.ascontiguousarray(stored)
+    header['descrip'] = f'{remark} {zlib.crc32(stored):08x}'.encode() if remark else b''
     header.set_data_dtype(values.dtype)
     header.set_data_shape(stored.shape)
     header['pixdim'][:4] = source.header['pixdim'][:4]
     for field in source.header:
         if field.startswith(('qform', 'sform', 'xyzt', 'quatern', 'qoffset', 'srow')):
             header[field] = source.header[field]
-    writeNifti(nib.Nifti1Image(np.ascontiguousarray(stored), None, header), file)
+    writeNifti(nib.Nifti1Image(stored, None, header), file)
 
 
 def writeNifti(image, file):

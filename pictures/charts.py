@@ -51,7 +51,8 @@ def plotCohort(table):
     texts = ['a patient', 'a patient with 0 ml', 'median and quartiles of the patients']
     figure.legend(handles, texts, ncols=3, **BELOW)
     title = f'{countText(len(table))} ({table["subject"].nunique()} subjects): {len(table) - len(volumes)} without a '
-    title += f'segmentation, {(volumes[names[-1]] == 0).sum()} of the others without {names[-1]}'
+    enhancing = names[min(2, len(names) - 1)]
+    title += f'segmentation, {(volumes[enhancing] == 0).sum()} of the others without {enhancing}'
     figure.suptitle(title, fontsize=11)
     return figure
 

@@ -54,7 +54,7 @@ def _splitByRule(table):
     if 'rule' not in table:
         return [('', None, table)]
     parts = []
-    for rule, part in table.groupby('rule', sort=False):
+    for rule, part in table.groupby('rule'):
         part = part.drop(columns='rule')
         parts.append((f'{rule}, whole volume', rule, part))
         if {'lesionDice', 'lesionHd95'} <= set(part) and part['lesionDice'].notna().any():
@@ -134,7 +134,7 @@ def _markEmptyMasks(panel, place, values, heights, isEmpty):
         panel.axhline(mark, color='#444444', linestyle=':', linewidth=1, label='empty')
         panel.set_ylim(top=2.6 * mark)
     infinite = 'infinite, drawn at ' if np.isinf(values).any() or panel.get_title().startswith('infinite') else ''
-    meaning = 'no lesion was matched' if infinite else 'empty in truth or in prediction'
+    meaning = 'no lesion was matched' if infinite else 'empty, or nothing was matched'
     panel.set_title(f'{infinite}{mark:.0f} mm: {meaning}', fontsize=8, color='#444444')
     text = countText(isMark.sum())
     if isEmpty is not None:
@@ -263,6 +263,7 @@ def _drawColumns(panel, values, mean, low, high, labels):
         drawDots(panel, place + spreadDots((heights - heights.min()) / max(np.ptp(heights), 1e-9)), heights, BLUE)
         middle = np.asarray(mean)[place]
         reach = np.array([[middle - np.asarray(low)[place]], [np.asarray(high)[place] - middle]])
+        reach = np.where(reach < 0, 0, reach)  # equal but for rounding
         style = {'fmt': 'D', 'color': ORANGE, 'markersize': 5, 'capsize': 3, 'zorder': 4}
         panel.errorbar(place + 0.42, middle, reach if np.isfinite(reach).all() else None, **style)
     _finishPanel(panel, labels)
@@ -284,7 +285,7 @@ def plotLearningCurve(table):
     for number, (name, part) in enumerate(table.groupby('recipe', sort=False)):
         part, color = part.droplevel('recipe'), colors[number % len(colors)]
         own = part.dropna(subset='mean')
-        reach = [own['mean'] - own['low'], own['high'] - own['mean']]
+        reach = np.maximum([own['mean'] - own['low'], own['high'] - own['mean']], 0)
         panel.errorbar(own.index, own['mean'], reach, fmt='o', color=color, capsize=3, label=name)
         panel.plot(part.index, part['fitted'], color=color, linestyle='--', linewidth=1)
         panel.fill_between(part.index, part['fittedLow'], part['fittedHigh'], color=color, alpha=0.12, linewidth=0)

@@ -395,7 +395,7 @@ def _rankCases(table):
     rows = {dice.index[place]: (name, dice.iloc[place]) for place, name in sorted(names.items())}
     return {
         patient: '\n'.join(
-            [f'{name}:', patient, '', 'Dice', *(f'{region}  {value:.3f}' for region, value in row.items())]
+            [f'{name}:', str(patient), '', 'Dice', *(f'{region}  {value:.3f}' for region, value in row.items())]
         )
         for patient, (name, row) in rows.items()
     }

@@ -3,6 +3,7 @@
 import functools
 import json
 import platform
+import re
 import time
 import warnings
 import zlib
@@ -24,7 +25,7 @@ from metrics.rules import RULES, findRule
 from patients.editions import CAVITY, COLUMNS, Edition, countWithCavity, labelsOf
 from patients.parallel import attempt, forEachPatient, leaveOut, usesProcesses
 from patients.reading import checkGrid, detectEdition, hasFile, hasVoxelsOf, readVolume, spacingOf, toClasses
-from patients.writing import isWritten, remarkOf, saveLabelNames, saveProbabilities, saveSegmentation
+from patients.writing import isCorrected, isWritten, remarkOf, saveLabelNames, saveProbabilities, saveSegmentation
 from postprocess.components import applyRules, kindOf
 from postprocess.quality import describeDisagreement, measureMember
 from provenance import inputsOf, membersFor, membersOf, provenanceOf, stretchingsIn, trainedAmong, warnOfTrained
@@ -77,10 +78,12 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
     df = df.iloc[number::numParts].assign(**dict.fromkeys(set(COLUMNS) - {*read, 'seg'}))  # others may have other grids
     noted, ids = file.with_name(file.name.replace('scores', 'disagreement')), df.index.astype(str)
     isScored = df['seg'].notna().to_numpy() & ~ids.isin(trained)
-    remarks = {patient: remarkOf(made, paths, (*read, 'seg')) for patient, paths in df.iterrows()}
+    settings = [made, config.EDITION, repr(config.OWN_EDITIONS)]  # the labels are those of the edition
+    remarks = {patient: remarkOf(settings, paths, (*read, 'seg')) for patient, paths in df.iterrows()}
     isLeft = ~ids.isin(_readScores(noted)['patient']) | (isScored & ~ids.isin(_readScores(file)['patient']))
     for row, patient in enumerate(df.index):
-        isLeft[row] |= not isWritten(folder / 'upload' / f'{patient}.nii.gz', remarks[patient])
+        written = folder / 'upload' / f'{patient}.nii.gz'
+        isLeft[row] |= not (isWritten(written, remarks[patient]) or isCorrected(written))
         isLeft[row] |= probabilities and not (folder / 'maps' / f'{patient}_entropy.nii.gz').is_file()
     if not isLeft.all():
         print(f'{(~isLeft).sum()} of {len(df)} patients are finished in {folder}.')
@@ -90,7 +93,7 @@ def predictFolder(df, model, folder, transform=None, rules=None, probabilities=F
         results = _predictByProcesses(df[isLeft], model, finish, **options)
     else:
         results = (finish(df.loc[patient], found) for patient, found in segmentAll(df[isLeft], model, **options))
-    with _GrowingTable(noted) as disagreements, _GrowingTable(file) as scored:
+    with _GrowingTable(noted, ids[isLeft]) as disagreements, _GrowingTable(file, ids[isLeft]) as scored:
         for patient, disagreement, scores in results:
             if scores is not None:
                 scored.add(patient, scores)
@@ -124,14 +127,15 @@ def _finishPatient(paths, found, folder, rules, kind, trained, remarks):
     patient, spacing = paths.name, spacingOf(paths)
     yhat = applyRules(found.yhat, rules, spacing, kind)
     edition = detectEdition(paths)
-    labels = labelsOf(edition)
-    saveSegmentation(yhat, paths, folder / 'upload' / f'{patient}.nii.gz', remark=remarks[patient])
+    labels, file = labelsOf(edition), folder / 'upload' / f'{patient}.nii.gz'
+    if found.probability is not None:
+        saveProbabilities(found.probability, paths, folder / 'maps' / f'{patient}.nii.gz')
+    if not isCorrected(file):
+        saveSegmentation(yhat, paths, file, remark=remarks[patient])
     with suppress(BlockingIOError):  # another process is writing the same
         saveLabelNames(labels, folder / edition)
     if labels.get(CAVITY) == 0:
         yhat = yhat.masked_fill(yhat == CAVITY, 0)  # as it is written: the edition has no label for the cavity
-    if found.probability is not None:
-        saveProbabilities(found.probability, paths, folder / 'maps' / f'{patient}.nii.gz')
     isScored = found.y is not None and str(patient) not in trained
     scores = metrics.scorePatient(found.y, yhat, spacing) if isScored else None
     return patient, describeDisagreement(found.measured, yhat), scores
@@ -143,14 +147,17 @@ def _readScores(file):
 
 
 class _GrowingTable:
-    """A file of scores, to which patients are added one by one, in place of their rows before.
+    """A file of scores, to which patients are added one by one, after their rows of before are taken out.
 
     The whole file is written, so the larger it is, the more seldom: it takes a twentieth of the time. What a killed
     process had not written yet is computed again.
     """
 
-    def __init__(self, file):
+    def __init__(self, file, patients):
         self.file, self.tables, self.due = file, {}, 0
+        before = _readScores(file)
+        if (isOld := before['patient'].isin(patients)).any():
+            self._save(before[~isOld])
 
     def add(self, patient, table):
         self.tables[patient] = table
@@ -161,11 +168,12 @@ class _GrowingTable:
         if not self.tables:
             return
         begin, before, table = time.monotonic(), _readScores(self.file), metrics.scoreTable(self.tables)
-        before = before[~before['patient'].isin(set(table['patient'].astype(str)))]
-        table = pd.concat([before, table], ignore_index=True) if len(before) else table
+        self._save(pd.concat([before, table], ignore_index=True) if len(before) else table)
+        self.tables, self.due = {}, time.monotonic() + 20 * (time.monotonic() - begin)
+
+    def _save(self, table):
         with writeAtomically(self.file) as temporary:
             table.to_csv(temporary, index=False)
-        self.tables, self.due = {}, time.monotonic() + 20 * (time.monotonic() - begin)
 
     def __enter__(self):
         return self
@@ -181,7 +189,7 @@ def _trainedOn(model, trained):
 
 def _describeInput(inputs, transform):
     """Return the input settings of the members of an ensemble as JSON has them; of the transforms their stretchings."""
-    given = repr(transform) if isinstance(transform, tio.Transform) else 'given'
+    given = re.sub(r' at 0x[0-9a-f]+', '', repr(transform)) if isinstance(transform, tio.Transform) else 'given'
     source = 'of the training' if transform is None else given
     described = [each._replace(transform=[stretchingsIn(each.transform), source])._asdict() for each in inputs]
     return json.loads(json.dumps(described))

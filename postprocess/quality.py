@@ -69,7 +69,7 @@ def describeDisagreement(measured, yhat):
         region in yhat), and:
         - `planeDice`: mean Dice over the pairs of planes of a member, mean over members; NaN with one plane;
         - `planeSpread`: standard deviation of the planes' volumes over their mean, mean over members; NaN likewise;
-        - `entropy`: mean entropy of the region's probability, 0 to 1, over the voxels that a member gives it;
+        - `entropy`: mean entropy of the region's probability, 0 to 1, over the voxels that a member gives it; else 1;
         - `memberDice`, `memberSpread`: the same between the segmentations of members; NaN with one member.
         Two empty segmentations have Dice 1 and spread 0.
 
@@ -88,7 +88,7 @@ def describeDisagreement(measured, yhat):
             'voxels': int(np.isin(yhat, numbers).sum()),
             'planeDice': _mean([_meanDice(each['confusions'], numbers) for each in measured]),
             'planeSpread': _mean([_spread(each['counts'], numbers) for each in measured]),
-            'entropy': _mean(entropy),
+            'entropy': _mean(entropy or [1.0]),  # no member gives it a voxel: full doubt
             'memberDice': _meanDice(pairs, numbers),
             'memberSpread': _spread(counts, numbers),
         }

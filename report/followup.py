@@ -68,7 +68,8 @@ def plotScans(table):
         style = {'color': color, 'linestyle': '--' if region in ('RC', config.CAVITY_CLASS[0]) else '-'}
         style |= {'marker': marker, 'markeredgecolor': '#555555', 'markersize': 6}
         panel.plot(table['scan'], table[region], label=region, **style)
-    panel.set_xticks(table['scan'], [str(patient) for patient in table['patient']], fontsize=8)
+    names = [str(patient).removeprefix(str(table['subject'].iloc[0])) for patient in table['patient']]
+    panel.set_xticks(table['scan'], names, fontsize=8)
     panel.set_xlim(table['scan'].min() - 0.3, table['scan'].max() + 0.3)
     panel.set_ylim(0, 1.08 * max(np.nanmax(table[regions].to_numpy(float), initial=0), 0.1))
     panel.yaxis.set_major_locator(MaxNLocator(5))

@@ -210,7 +210,7 @@ def _describeSettings(folder):
         section: {
             name: json.dumps(value, ensure_ascii=False)
             for name, value in values.items()
-            if not str(name).endswith(('FOLDER', 'FILE', 'CHECKPOINT'))
+            if not str(name).endswith(('FOLDER', 'FILE', 'CHECKPOINT', 'START'))
         }
         for section, values in readSettings(folder).items()
         if isinstance(values, dict)

@@ -490,7 +490,8 @@ def test_main_refusesAnotherPlaceToWrite(tmp_path, paths, capsys):
         ([str(tmp_path / 'two')], 'a.nii.gz', 'there are 2 patients; name a folder for them, not a file'),
         (named, 'a', 'the last argument is the file to write'),
         ([str(tmp_path / 'two')], 'a.mha', 'the last argument is the file to write'),
-        (named, paths['t2'], 'is an image of'),  # the last was forgotten
+        (named, paths['t2'], 'is a file of'),  # the last was forgotten
+        ([str(Path(paths['t2']).parent)], paths['seg'], 'is a file of'),
     ):
         with pytest.raises(SystemExit):
             predictor.main([folder, *given, str(tmp_path / 'new' / out)])

@@ -15,6 +15,7 @@ import metrics
 import patients
 import phantom
 import postprocess
+import transforms
 from conftest import COLUMNS, NEWER, save, settingsOf
 from metrics.rules import RULES
 from patients import editions
@@ -516,7 +517,36 @@ def test_predictFolder_goesOnWithWhatIsMissingOrOld(df, tmp_path, capsys):
     goOn(len(df))
     assert file.read_bytes() == before
     postprocess.predictFolder(df, model, folder, probabilities=True, **options)
-    assert len(list((folder / 'maps').iterdir())) == 2 * len(df)
+    assert len(list((folder / 'maps').iterdir())) == 2 * len(df) and file.read_bytes() == before
+    file, image = (folder / 'upload' / f'{df.index[0]}.nii.gz'), nib.load(folder / 'upload' / f'{df.index[0]}.nii.gz')
+    nib.save(nib.Nifti1Image(np.ones(image.shape, np.uint8), None, image.header), file)  # corrected, with our header
+    before = file.read_bytes()
+    os.utime(df['seg'].iloc[0], (1e9, 1e9))
+    goOn(len(df))
+    assert file.read_bytes() == before
+    config.OWN_EDITIONS = {'Clinic': editions.Edition(r'case\d+', {'flair': ('flair',)}, {0: 0})}
+    goOn(2)  # the other is predicted again, as its labels may be others
+
+
+def test_predictFolder_keepsNoOldScoresIfItIsKilled(df, tmp_path, monkeypatch):
+    """A patient with another truth is not finished because its old scores are there."""
+    df = patients.makeFileList(tmp_path / 'data')
+    postprocess.predictFolder(df, makeUnet(), tmp_path / 'out')
+    Path(df['seg'].iloc[0]).write_bytes(Path(df['seg'].iloc[1]).read_bytes())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(postprocess.folder._GrowingTable, 'add', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        postprocess.predictFolder(df, makeUnet(), tmp_path / 'out')
+    scores = postprocess.predictFolder(df, makeUnet(), tmp_path / 'out')
+    pd.testing.assert_frame_equal(scores, postprocess.predictFolder(df, makeUnet(), tmp_path / 'fresh'))
+
+
+def test_predictFolder_goesOnWithATransformInAnotherProcess(df, tmp_path, capsys):
+    """A function in the transform is another object there, which does not make it another transform."""
+    for _ in range(2):
+        transform = transforms.volumeTransform()
+        transform.masking_method = lambda x, own=transform.masking_method: own(x)
+        postprocess.predictFolder(df, makeUnet(), tmp_path / 'out', transform)
+    assert '3 of 3 patients are finished' in capsys.readouterr().out
 
 
 def test_predictFolder_takesTheGridOfTheImagesThatItReads(df, tmp_path):

@@ -43,7 +43,10 @@ def test_main_makesAFolderThatPredictsWithoutSomeModalities(tmp_path, monkeypatc
     assert '4 patients in 2 folds, each predicted by a network of the same recipe that was not trained' in card
     assert '(steps x seeds): 2 x 1, then 1 x 2.' in card
     assert 'BraTS20_Training_003' in card and 'Modalities may be missing, but not all.' in card
-    assert '| BraTS2023 | ET | lesionDice |' in card and 'Components below 0.5 ml were removed, but for the largest.' in card
+    assert (
+        '| BraTS2023 | ET | lesionDice |' in card
+        and 'Components below 0.5 ml were removed, but for the largest.' in card
+    )
     assert deploy.loadRules(folder) == weights.RULES and 'Patients trained on: 4 in all' in card
     assert 'START = round1' in card and str(tmp_path) not in card
     assert postprocess.readFit(folder) == fit

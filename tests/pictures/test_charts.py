@@ -138,6 +138,15 @@ def test_plotScores_meanAndIntervalAreThoseOfSummarize():
     assert pictures.plotScores(table).axes[0].get_xticklabels()[1].get_text().startswith('ET\nmean 0.25\n(')
 
 
+@pytest.mark.parametrize('count', [8, 9, 16, 17, 20])
+def test_plotScores_drawsEqualDistances(count):
+    """Where no patient has an enhancing tumor predicted, all have the same HD95; rounding does not stop the figure."""
+    table = makeTable(WT=[0.3] * count).assign(hd95=EMPTY)
+    row = summarize(table).loc[('WT', 'hd95')]
+    assert row['low'] <= row['mean'] <= row['high']
+    pictures.plotScores(table).canvas.draw()
+
+
 def test_plotScores_marksAnEmptyMask():
     """HD95 of 373 mm lies on a line inside the axis: two false negatives, a false positive; without any, no line."""
     table = makeTable(WT=[0.9, 0.8, 0.7], ET=[0.9, 0.0, 0.0])
@@ -289,6 +298,13 @@ def test_plotScores_drawsInfiniteDistances():
     assert list(linesOf(panel, 'full')[0].get_ydata()) == [3, 373]
     assert panel.get_xticklabels()[0].get_text() == 'WT\nthe mean is\ninfinite'
     figure.canvas.draw()
+
+
+def test_plotComparison_pairsTheRulesByTheirNames():
+    """The same scores with the rules in another order: no difference anywhere."""
+    parts = [makeTable(WT=values).assign(rule=rule) for rule, values in (('A', [0.4, 0.5]), ('B', [0.8, 0.9]))]
+    figure = pictures.plotComparison(pd.concat(parts), pd.concat(parts[::-1]))
+    assert all(not np.any(line.get_ydata()) for panel in figure.axes for line in linesOf(panel, 'full'))
 
 
 def test_plotComparison_showsTheDifferences():
