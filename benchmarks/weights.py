@@ -37,7 +37,8 @@ RECIPE = {
     'BATCHSIZE': 16,
     'STEPS': 2000,
 }
-ROUNDS = [({}, (0,))]  # each from the weights of the one before; more seeds: the mean of their weights
+# Each round from the weights of the one before; with several seeds, the mean of their weights
+ROUNDS = [({}, (0,)), ({'STEPS': 1200, 'LEARN_RATE': 5e-4}, (0,))]
 RULES = postprocess.Tuning(ml=0.5)
 FOLDS = 4
 CURVE = {'sizes': (1, 2, 4, 8, 16), 'seeds': 3, 'STEPS': 200}
