@@ -7,7 +7,6 @@ form), `earlier` (patients of earlier trainings, if the run started from their w
 `activation` and the `dropout` of modalities. That of a model folder has `voxels` too (id -> checksums of the voxels).
 """
 
-import functools
 import json
 import re
 import struct
@@ -23,9 +22,9 @@ import torch
 import torchio as tio
 
 import config
+from patients.cohort import haveVoxelsOf
 from patients.editions import classesOf, known, withoutTime
-from patients.parallel import forEachPatient
-from patients.reading import detectEdition, hasFile, hasVoxelsOf
+from patients.reading import detectEdition, hasFile
 from patients.volumes import planesOf
 from transforms import volumeTransform
 
@@ -330,10 +329,7 @@ def trainedPatients(model, df):
     byName, trained = set(trainedAmong(model, df.index)), []
     if not seen:
         return trained
-    hasVoxels = [False] * len(df)
-    if voxels:  # the images are read
-        hasVoxels = forEachPatient(functools.partial(hasVoxelsOf, voxels=voxels), df, 'known patients')
-    for (patient, paths), isKnown in zip(df.iterrows(), hasVoxels, strict=True):
+    for (patient, paths), isKnown in zip(df.iterrows(), haveVoxelsOf(df, voxels), strict=True):
         patient, isSame = str(patient), isKnown or _hasImagesOf(paths, seen, images)
         if not isSame and patient in seen and _isAnother(paths, seen[patient]):
             text = f'{patient} has the name of a patient that the model was trained on, but other images.'

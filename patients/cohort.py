@@ -255,6 +255,16 @@ def splitFolds(df, k):
     return [(df[~isTested], df[isTested]) for isTested in tested]
 
 
+def haveVoxelsOf(df, voxels):
+    """Return for each patient of a file list what `hasVoxelsOf` returns, a list; if `voxels` is empty, nothing is read.
+
+    The images of several patients are read at a time.
+    """
+    if not voxels:
+        return [False] * len(df)
+    return list(forEachPatient(partial(hasVoxelsOf, voxels=voxels), df, 'known patients'))
+
+
 def seenByStart(df):
     """Return the ids of the patients of a file list that the weights of `config.START` were trained on.
 
@@ -268,8 +278,7 @@ def seenByStart(df):
         own = member['provenance']
         subjects |= {withoutTime(patient) for patient in (*own['patients'], *own['earlier'])}
         voxels |= own.get('voxels', {})
-    hasVoxels = forEachPatient(partial(hasVoxelsOf, voxels=voxels), df, 'patients of config.START')
-    ids = zip(df.index.astype(str), hasVoxels, strict=True)
+    ids = zip(df.index.astype(str), haveVoxelsOf(df, voxels), strict=True)
     return [patient for patient, isSame in ids if isSame or withoutTime(patient) in subjects]
 
 

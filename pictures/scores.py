@@ -262,8 +262,8 @@ def _drawColumns(panel, values, mean, low, high, labels):
         heights = values[name].to_numpy()
         drawDots(panel, place + spreadDots((heights - heights.min()) / max(np.ptp(heights), 1e-9)), heights, BLUE)
         middle = np.asarray(mean)[place]
-        reach = np.array([[middle - np.asarray(low)[place]], [np.asarray(high)[place] - middle]])
-        reach = np.where(reach < 0, 0, reach)  # equal but for rounding
+        reach = [[middle - np.asarray(low)[place]], [np.asarray(high)[place] - middle]]
+        reach = np.maximum(reach, 0)  # equal but for rounding
         style = {'fmt': 'D', 'color': ORANGE, 'markersize': 5, 'capsize': 3, 'zorder': 4}
         panel.errorbar(place + 0.42, middle, reach if np.isfinite(reach).all() else None, **style)
     _finishPanel(panel, labels)

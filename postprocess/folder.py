@@ -22,9 +22,10 @@ import metrics
 from atomic import writeAtomically
 from engine import segment, segmentAll
 from metrics.rules import RULES, findRule
+from patients.cohort import haveVoxelsOf
 from patients.editions import CAVITY, COLUMNS, Edition, countWithCavity, labelsOf
 from patients.parallel import attempt, forEachPatient, leaveOut, usesProcesses
-from patients.reading import checkGrid, detectEdition, hasFile, hasVoxelsOf, readVolume, spacingOf, toClasses
+from patients.reading import checkGrid, detectEdition, hasFile, readVolume, spacingOf, toClasses
 from patients.writing import isCorrected, isWritten, remarkOf, saveLabelNames, saveProbabilities, saveSegmentation
 from postprocess.components import applyRules, kindOf
 from postprocess.quality import describeDisagreement, measureMember
@@ -313,8 +314,7 @@ def scoreFolder(df, folder, rules=None, challenges=None):
     rows = {patient: paths for patient, paths in df.iterrows() if hasFile(paths, 'seg')}
     if len(rows) < len(df):
         print(f'{len(df) - len(rows)} of {len(df)} patients have no true segmentation and are not scored.')
-    known = functools.partial(hasVoxelsOf, voxels=about.get('voxels', {}))
-    isKnown = dict(zip(rows, forEachPatient(known, df.loc[list(rows)], 'known patients'), strict=True))
+    isKnown = dict(zip(rows, haveVoxelsOf(df.loc[list(rows)], about.get('voxels')), strict=True))
     trained = [str(each) for each in rows if isKnown[each] or str(each) in (about.get('trainedOn') or ())]
     rows = {patient: paths for patient, paths in rows.items() if str(patient) not in trained}
     if trained:
