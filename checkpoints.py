@@ -27,7 +27,8 @@ _RECIPE = (  # settings of the training that must not change within a run
 def epochs(start):
     """Yield the numbers of the epochs to run. Stop early, with a message, if there is a reason.
 
-    - 'poly': the schedule has ended. `engine.train` shortens it if not all steps fit into `config.TIME_BUDGET`.
+    - 'poly': the schedule has ended, or `config.TIME_BUDGET` is over. `engine.train` shortens the schedule if not all
+      steps fit into it.
     - Other schedules: the next epoch would not end within `config.TIME_BUDGET` hours of the start of this process, if
       it took as long as the longest so far. The run can be resumed, and then reaches the weights of an uninterrupted
       one.
@@ -74,13 +75,11 @@ def _reasonToStop(history, hasEnded, longest):
     numWorse = len(losses) - 1 - int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0  # since the best
     if config.PATIENCE is not None and numWorse >= config.PATIENCE:
         return f'the last {numWorse} did not improve the validation loss (config.PATIENCE = {config.PATIENCE})'
-    if config.TIME_BUDGET is not None and config.SCHEDULE != 'poly':
-        used = hoursUsed()
-        if used + longest / 3600 > config.TIME_BUDGET:
-            return (
-                f'{used:.2f} of the {config.TIME_BUDGET} hours of config.TIME_BUDGET are used, and an epoch takes '
-                f'{longest / 3600:.2f}. Run again to resume'
-            )
+    if config.TIME_BUDGET is not None:
+        used, needed = hoursUsed(), longest / 3600 if config.SCHEDULE != 'poly' else 0  # which ends within an epoch
+        if used + needed > config.TIME_BUDGET:
+            text = f'{used:.2f} of the {config.TIME_BUDGET} hours of config.TIME_BUDGET are used'
+            return text + f', and an epoch takes {needed:.2f}' * (needed > 0) + '. Run again to resume'
     return None
 
 
@@ -305,9 +304,15 @@ def _tellOtherLength(checkpoint, scheduler):
             f'The run had {checkpoint["ranks"]} ranks and now has {numRanks()}: the same batches, but augmented by '
             'other draws.'
         )
-    before, now = (checkpoint['scheduler'] or {}).get('planned'), getattr(scheduler, 'planned', None)
-    if None not in (before, now) and before != now:
-        done = checkpoint['scheduler']['last_epoch']
+    state = checkpoint['scheduler'] or {}
+    before, now = state.get('planned'), getattr(scheduler, 'planned', None)
+    if None in (before, now):
+        return
+    if state['numSteps'] < before:
+        before, now = state['numSteps'], min(state['numSteps'], now)
+        print(f'The schedule was shortened to {before} steps, as the time was short, and becomes no longer.')
+    if before != now:
+        done = state['last_epoch']
         left, planned = ((1 - min(1, done / steps)) ** config.POLY_POWER for steps in (now, before))
         print(
             f'The run was begun for {before} steps and now has {now}: after {done} steps the learning rate goes on at '

@@ -233,6 +233,8 @@ def reset():
     for name in _FOUND.keys() & values.keys():
         del values[name]
     values.update(_defaults)
+    for found in (_findOnKaggle, _findOutputFolder):
+        found.cache_clear()  # data or Drive may have been added since
 
 
 def __dir__():

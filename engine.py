@@ -52,7 +52,8 @@ from ranks import fromFirst, rank, sumOverRanks
 from transforms import transformVolume
 
 _STEPS_TO_MEASURE = 200  # steps after which the speed of the training is known
-_TIME_USED = 0.95  # fraction of the remaining time that a shortened schedule uses; the rest is for validation
+TIME_LEFT = 0.05  # fraction of the time that a shortened schedule leaves for the last validation
+_CHANGE = 0.02  # fraction of the steps of this process by which a schedule is changed at least
 
 
 def precision(device):
@@ -249,7 +250,7 @@ class PolySchedule(torch.optim.lr_scheduler.LRScheduler):
     def __init__(self, optimizer, numSteps):
         self.numSteps = self.planned = numSteps
         self.stepsPerEpoch = None
-        self._begun = None  # hours and step at the first call of `fit` in this process
+        self._begun = None  # hours, step and `numSteps` at the first call of `fit` in this process
         super().__init__(optimizer)
 
     def get_lr(self):
@@ -286,30 +287,36 @@ class PolySchedule(torch.optim.lr_scheduler.LRScheduler):
         """Shorten the schedule, with a message, if the steps that are left do not fit into `config.TIME_BUDGET`.
 
         `engine.train` calls it every few batches. The speed is measured in this process, validation included, and on
-        rank 0 for all ranks. A schedule never becomes longer.
+        rank 0 for all ranks. If the steps become faster, the schedule becomes longer again, but no longer than it was
+        when this process began.
         """
         if config.TIME_BUDGET is None or self.hasEnded:
             return
-        fitting = fromFirst(self._stepsThatFit())
-        if fitting is None or self.last_epoch + fitting >= self.numSteps:
+        end = fromFirst(self._endInTime())
+        if end is None or end == self.numSteps:
             return
-        before, self.numSteps = self.numSteps, self.last_epoch + max(1, int(_TIME_USED * fitting))
+        _, first, longest = self._begun
+        if end < longest and abs(end - self.numSteps) <= _CHANGE * (self.numSteps - first):
+            return
+        self.numSteps = end
         if rank() == 0:
             print(
-                f'{self.numSteps} of {before} steps fit into the {config.TIME_BUDGET} hours of config.TIME_BUDGET: '
-                f'the learning rate falls to 0 at step {self.numSteps}, and the training ends there.'
+                f'{end} of {self.planned} steps fit into the {config.TIME_BUDGET:.4g} hours of config.TIME_BUDGET: the '
+                f'learning rate falls to 0 at step {end}, and the training ends there.'
             )
 
-    def _stepsThatFit(self):
-        """Return how many more steps fit into `config.TIME_BUDGET`; None if the speed is not known yet."""
+    def _endInTime(self):
+        """Return the last step for which there is time; None if the speed is not known yet."""
         now = hoursUsed()
         if self._begun is None:
-            self._begun = now, self.last_epoch
+            self._begun = now, self.last_epoch, self.numSteps
             return None
-        hours, steps, left = now - self._begun[0], self.last_epoch - self._begun[1], config.TIME_BUDGET - now
+        begin, first, longest = self._begun
+        hours, steps, left = now - begin, self.last_epoch - first, config.TIME_BUDGET - now
         if steps < _STEPS_TO_MEASURE and hours < 0.05 * left:
             return None
-        return max(0, int(left * steps / hours))
+        left -= TIME_LEFT * (config.TIME_BUDGET - begin)
+        return min(longest, self.last_epoch + max(1, int(left * steps / hours)))
 
     def state_dict(self):
         """Return the state for a checkpoint, without the speed, which belongs to this process."""
@@ -320,6 +327,7 @@ class PolySchedule(torch.optim.lr_scheduler.LRScheduler):
         isShort = state['numSteps'] < state['planned']
         numSteps = min(state['numSteps'], self.planned) if isShort else self.planned
         super().load_state_dict({**state, 'numSteps': numSteps, 'planned': self.planned})
+        self._begun = None  # of an attempt before, in the same process
 
 
 def hoursUsed():

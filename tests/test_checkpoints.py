@@ -154,7 +154,43 @@ def test_epochs_endOnTimeWithARateOf0(monkeypatch, capsys):
     assert next(checkpoints.epochs(4), None) is None
 
 
-def test_epochs_keepTheEndOfAScheduleThatWasShortened(tmp_path, monkeypatch):
+def test_epochs_useTheTimeIfTheStepsBecomeFaster(monkeypatch, capsys):
+    """The first 300 of 600 steps take 72 s, the others 18: the schedule is shortened first, then it grows again."""
+    clock = {'now': 0.05}
+    monkeypatch.setattr(
+        engine, 'hoursUsed', lambda: clock['now'] if clock['now'] < 6.05 else 6.05 + (clock['now'] - 6.05) / 4
+    )
+    config.TIME_BUDGET = 7.2
+    _, rate, schedule = runInTime(clock, 0.02)
+    ends = [int(end) for end in re.findall(r'(\d+) of 600 steps fit into the 7.2 hours', capsys.readouterr().out)]
+    # first told after 40 steps, at .85 hours: (7.2 - .85 - .05 (7.2 - .45)) / .02 = 300 steps more
+    assert ends[0] == 340 and ends[-1] == schedule.numSteps == schedule.last_epoch and rate == 0
+    assert 6.6 < engine.hoursUsed() <= 7.2  # 6.25 without; .05 of the time is left for the validation
+
+
+def test_PolySchedule_measuresTheSpeedAnewWhenItIsResumed(monkeypatch):
+    """The hour between a cell that was stopped and the same cell run again is no time of its steps."""
+    clock = {'now': 1.0}
+    monkeypatch.setattr(engine, 'hoursUsed', lambda: clock['now'])
+    config.TIME_BUDGET = 8.5
+    schedule = engine.PolySchedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1), 1000)
+    state = schedule.state_dict()
+    schedule.fit()
+    clock['now'] = 2.0
+    schedule.load_state_dict(state)
+    schedule.fit()
+    assert schedule.numSteps == 1000
+
+
+def test_epochs_doNotBeginWhenTheTimeIsOver(monkeypatch, capsys):
+    """A notebook that has been open for longer than the time does not end the run: it can be resumed."""
+    monkeypatch.setattr(checkpoints, 'hoursUsed', lambda: 9.25)
+    config.TIME_BUDGET, config.SCHEDULE = 8.5, 'poly'
+    assert next(checkpoints.epochs(0), None) is None
+    assert '9.25 of the 8.5 hours of config.TIME_BUDGET are used. Run again to resume.' in capsys.readouterr().out
+
+
+def test_epochs_keepTheEndOfAScheduleThatWasShortened(tmp_path, monkeypatch, capsys):
     """Killed after the third epoch and resumed by a faster process, the run ends at the same step, bit for bit."""
     clock, ends = {}, []
     monkeypatch.setattr(engine, 'hoursUsed', lambda: clock['now'])
@@ -167,6 +203,7 @@ def test_epochs_keepTheEndOfAScheduleThatWasShortened(tmp_path, monkeypatch):
     whole, killed, resumed = ends
     assert killed[1] > 0 and whole[1] == resumed[1] == 0 and whole[2] == resumed[2] < 600
     assert all(torch.equal(whole[0][name], resumed[0][name]) for name in whole[0])
+    assert f'The schedule was shortened to {whole[2]} steps' in capsys.readouterr().out
 
 
 def test_epochs_keepThePlanWhereTheTimeIsEnough(monkeypatch, capsys):

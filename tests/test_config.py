@@ -86,6 +86,20 @@ def test_findDevice_triesCudaThenMpsThenCpu(monkeypatch, cuda, mps, device):
     assert config._findDevice.__wrapped__() == device
 
 
+def test_reset_findsDataThatWasAddedSince(monkeypatch):
+    """BraTS that is attached to a running session is found once the numbers are reset, as the notebook does."""
+    files = []
+    monkeypatch.delenv('BRATS_FOLDER', raising=False)
+    monkeypatch.setattr(Path, 'rglob', lambda self, pattern: iter(files))
+    config.reset()
+    assert config.DATA_FOLDER is None
+    files.append(Path('/kaggle/input/brats/BraTS20_Training_001_flair.nii'))
+    config.reset()
+    assert config.DATA_FOLDER == '/kaggle/input'
+    files.clear()
+    config.reset()
+
+
 def test_reset_undoesTheDemo():
     """After the demo and a folder of one's own, all numbers are those of the file, and folders are found again."""
     config.reset()  # what the tests set
