@@ -42,7 +42,7 @@ import report
 from atomic import writeAtomically
 from dataset import BRATSDataset
 from patients import cohort
-from patients.reading import makeFileList, spacingOf
+from patients.reading import makeFileList, modelFolder, spacingOf
 from preprocess import makeDataset
 from provenance import checksums, describe
 from transforms import makeTransforms
@@ -298,7 +298,8 @@ def _runOnDevices(work, jobs, devices):
                 messages, end = context.Pipe(duplex=False)
                 # jobs that are still to be run on this device, this one included
                 numLeft = math.ceil((len(waiting) + 1) / len(devices))
-                values = values | {'DEVICE': device, 'TIME_BUDGET': _shareOfTime(numLeft)}
+                cache = values['CACHE_PATCHES'] / len(devices)  # of the memory that all share
+                values = values | {'DEVICE': device, 'TIME_BUDGET': _shareOfTime(numLeft), 'CACHE_PATCHES': cache}
                 arguments = values, work, own, numThreads, engine.hoursUsed(), end
                 process = context.Process(target=_runMember, args=arguments)
                 process.start()
@@ -387,7 +388,7 @@ def compare(df, recipes, folds=4, seeds=3, steps=None, minutes=None, output=None
     Raises:
         ValueError: fewer than two recipes, or two alike; a number that `config` does not have; fewer subjects than
             folds; the folder has a recipe of the same name with other numbers or patients; or bad data.
-        RuntimeError: trainings failed; they are named with their errors. The others are complete.
+        RuntimeError: trainings failed; they are named with their errors. The others of their seed are complete.
     """
     if len(recipes) < 2:
         raise ValueError(f'{len(recipes)} recipes were given; two or more were expected.')
@@ -458,11 +459,17 @@ def scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devic
             if seen := cohort.seenByStart(df):
                 raise ValueError(f'{name}: config.START was trained on {", ".join(seen[:5])}, who are to be tested on.')
             rest = {str(patient): checksums(paths, known) for patient, paths in df.sort_index().iterrows()}
+            _tryRecipe(name)
             # offline, the encoder would begin otherwise than in the trainings before
             hasWeights = bool(config.ENCODER_WEIGHTS and (engine.findImageNet() or engine.availableWeights()))
-        rest = {'folds': f'{folds} of each seed', 'minutes': minutes, 'patients': rest}
+            start = config.START and (modelFolder(config.START) / 'config.json').read_text()  # with sums of its files
+        rest = {'folds': f'{folds}, of each seed', 'minutes': minutes, 'patients': rest}
+        rest['the weights of START'] = start and zlib.crc32(start.encode())
+        if minutes is not None:  # as many steps as the device makes
+            isGpu = torch.device(config.DEVICE).type == 'cuda'
+            rest['the device'] = torch.cuda.get_device_name() if isGpu else config.DEVICE
         rest['whether ENCODER_WEIGHTS can be loaded'] = hasWeights
-        _checkRecipe(folders[name], {**values[name], **rest})
+        checkRecipe(folders[name], {**values[name], **rest})
     rows = []
     for seed, its in tqdm(sets.items(), unit='seed'):
         jobs = {}
@@ -471,7 +478,7 @@ def scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devic
             traindf = traindf.iloc[sorted(order[:size])]
             place = {'recipe': name, 'patients': len(traindf), 'fold': fold, 'seed': seed}
             folder = folders[name] / _nameOf(place)
-            own = {**values[name], 'SEED': seed, 'OUTPUT_FOLDER': str(folder)}
+            own = {**values[name], 'SEED': seedOf(fold, seed), 'OUTPUT_FOLDER': str(folder)}
             jobs[folder.name] = place, own, (traindf, testdf, minutes)
         _runSeed({name: job[1:] for name, job in jobs.items()}, output / 'patches', devices)
         for place, own, _ in jobs.values():
@@ -481,7 +488,25 @@ def scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devic
     return scores.assign(subject=scores['patient'].map(cohort.findSubjects(df).rename(index=str)))
 
 
-def _checkRecipe(folder, values):
+def seedOf(fold, seed):
+    """Return the `config.SEED` of a training. With the same one, all folds of a seed would begin with the same weights.
+
+    The error of a comparison counts them as independent.
+    """
+    return seed + 1000 * fold
+
+
+def _tryRecipe(name):
+    """Make what the recipe of `config` trains, as far as it needs no patients; raise a ValueError if it cannot be."""
+    try:
+        model, _ = engine.makeModel(), engine.makeCriterion()
+        deploy.startFrom(model)
+        engine.makeScheduler(torch.optim.Adam(model.parameters()), 1)
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(f'The recipe {name} cannot be trained: {error}') from error
+
+
+def checkRecipe(folder, values):
     """Write the numbers of a recipe into its folder; raise a ValueError if others are there."""
     others = r'DEVICE|TIME_BUDGET|CONFIDENCE|.*_(FOLDER|WORKERS|BATCH|PATCHES|RESAMPLES|FRACTION)|(QUALITY|DEMO)_.*'
     own = {name: value for name, value in values.items() if not re.fullmatch(others, name)}
@@ -522,15 +547,18 @@ def _trainAndScore(traindf, testdf, minutes, preparation, tell):
     """
     if minutes is not None:
         Path(config.LAST_CHECKPOINT).unlink(missing_ok=True)  # a stopped training would get its minutes twice
-        config.TIME_BUDGET = engine.hoursUsed() + minutes / 60
+        spare = engine.TIME_LEFT if config.SCHEDULE == 'poly' else 0  # which it leaves for a validation
+        config.TIME_BUDGET = engine.hoursUsed() + minutes / 60 / (1 - spare)
     begin = time.monotonic()
     result = trainModel(traindf, None, tell)
     seconds = time.monotonic() - begin
+    if minutes is not None and not Path(config.LAST_CHECKPOINT).exists():
+        raise ValueError(f'{minutes} minutes were over before the first batch: give more minutes.')
     last = checkpoints.readCheckpoint(config.LAST_CHECKPOINT)
     perEpoch = last['scheduler'].get('stepsPerEpoch')  # None with 'plateau'
     numSteps = last['scheduler']['last_epoch'] if perEpoch else int(last['optimizer']['state'][0]['step'])
     if minutes is not None and perEpoch and numSteps < perEpoch:
-        raise ValueError(f'{minutes} minutes are {numSteps} batches, and an epoch has {perEpoch}: give more minutes.')
+        tell(f'{minutes} minutes are {numSteps} batches, less than the {perEpoch} of an epoch: give more minutes.')
     table = scorePatients(testdf, checkpoints.loadModel(result))
     table = table.loc[table['region'].isin(config.MAIN_REGIONS), ['patient', 'region', 'dice', 'hd95']]
     with writeAtomically(Path(config.OUTPUT_FOLDER, 'scores.csv')) as temporary:

@@ -1,11 +1,14 @@
 """Which recipe is better: all are trained alike, a stopped comparison goes on, and nothing is claimed without proof."""
 
+import itertools
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+import checkpoints
 import config
 import deploy
 import engine
@@ -27,11 +30,12 @@ def df(tmp_path):
 @pytest.mark.slow
 def test_compare_trainsEachRecipeInEachFoldWithEachSeed(df, tmp_path, monkeypatch):
     """Each patient is scored once a seed; a failed training is made up for, and nothing is trained twice."""
-    recipes, trained, real = {'rate': {}, 'slow': {'LEARN_RATE': 1e-5}}, [], train.trainModel
+    recipes, trained, begun, real = {'rate': {}, 'slow': {'LEARN_RATE': 1e-5}}, [], set(), train.trainModel
 
     def trainModel(traindf, valdf, tell):
         place = Path(config.OUTPUT_FOLDER).name
-        trained.append((place, config.SEED, config.LEARN_RATE, tuple(traindf.index)))
+        begun.add(config.SEED)
+        trained.append((place, config.SEED % 1000, config.LEARN_RATE, tuple(traindf.index)))
         if len(trained) == 3:
             raise OSError('the disk is full')
         return real(traindf, valdf, tell)
@@ -49,6 +53,7 @@ def test_compare_trainsEachRecipeInEachFoldWithEachSeed(df, tmp_path, monkeypatc
         assert sets[0] == sets[1] and len(sets[0]) == 2
     whom = [{each for _, seed, _, each in trained if seed == number} for number in (0, 1)]
     assert whom[0] != whom[1]  # each seed has folds of its own
+    assert begun == {0, 1, 1000, 1001}  # no two trainings of a recipe begin with the same weights
     scores = pd.read_csv(tmp_path / 'out' / 'scores.csv')
     assert (scores['steps'] >= 3).all() and (scores['preparation'].dropna() > 0).all()  # whole epochs
     assert len(scores) == 2 * 2 * 4 * 3 and not scores.duplicated(['recipe', 'seed', 'patient', 'region']).any()
@@ -89,6 +94,9 @@ def test_learningCurve_trainsOnNestedSets(df, tmp_path, monkeypatch):
         ({'a': {}, 'b': {'LEARN_RATE': 1e-5}}, {'folds': 5}, 'k is 5; 2 to 4'),
         ({'a': {}, 'b': {'LEARN_RATE': 1e-5}}, {'steps': 3, 'minutes': 1}, 'Both steps and minutes'),
         ({'a': {}, 'b': {'NO_CLASSES': 2}}, {}, 'The recipes a and b have other classes'),
+        ({'a': {}, 'b': {'LOSS': 'dice'}}, {}, r"The recipe b cannot be trained: config\.LOSS is 'dice'"),
+        ({'a': {}, 'b': {'START': 'nowhere'}}, {}, 'The recipe b cannot be trained: nowhere is no model folder'),
+        ({'a': {}, 'b': {'SCHEDULE': 'cosine'}}, {}, "The recipe b cannot be trained: config.SCHEDULE is 'cosine'"),
     ],
 )
 def test_compare_refusesBeforeAnythingIsTrained(df, recipes, options, words):
@@ -118,6 +126,50 @@ def test_compare_endsWithTheMinutes(df, tmp_path, monkeypatch):
     table = train.compare(df, recipes, folds=2, seeds=1, minutes=0.05, output=out)
     assert list(table.index) == ['rate', 'slow']
     assert (pd.read_csv(out / 'scores.csv')['epochs'] > 1).all() and log.read_text().count('epoch   1 of') == 2
+
+
+def test_trainAndScore_tellsOfLessThanAnEpochAndScores(df, tmp_path, monkeypatch):
+    """Minutes for fewer batches than an epoch has are told, and what was trained is scored; none is an error."""
+    told, clock = [], itertools.count()
+    monkeypatch.setattr(engine, 'hoursUsed', lambda: next(clock) / 1000)  # 20 batches take .001 hours
+    monkeypatch.setattr(checkpoints, 'hoursUsed', lambda: 0)
+    vars(config).update(SCHEDULE='poly', EPOCHS=10**6, BATCHSIZE=1, OUTPUT_FOLDER=str(tmp_path / 'out'))
+    train._trainAndScore(df[:3], df[3:], 0.15, 0, told.append)
+    # after 40 batches, .002 of .15 / 60 / .95 hours: (.00263 - .002 - .05 (.00263 - .001)) / .001 * 20 = 11 more
+    assert '0.15 minutes are 51 batches, less than the 76 of an epoch' in told[-1]
+    assert pd.read_csv(tmp_path / 'out' / 'scores.csv')['steps'].eq(51).all()
+    monkeypatch.setattr(checkpoints, 'hoursUsed', lambda: 9)
+    config.OUTPUT_FOLDER = str(tmp_path / 'none')
+    with pytest.raises(ValueError, match=r'0\.15 minutes were over before the first batch'):
+        train._trainAndScore(df[:3], df[3:], 0.15, 0, told.append)
+
+
+def test_compare_refusesOtherWeightsOfTheSameName(df, tmp_path, monkeypatch):
+    """A folder for `config.START` that was packed anew would mix the scores of both, and so would another device."""
+    config.EPOCHS, start = 1, tmp_path / 'start'
+    deploy.packModel(train.trainModel(df[:1]), start)
+    recipes, options = {'random': {}, 'start': {'START': str(start)}}, {'folds': 2, 'minutes': 5, 'output': tmp_path}
+
+    def stop(*arguments):
+        raise InterruptedError
+
+    monkeypatch.setattr(train, '_runSeed', stop)
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            train.compare(df[1:], recipes, **options)
+    file = tmp_path / 'recipe-start' / 'recipe.json'
+    text = file.read_text()
+    file.write_text(text.replace('"the device": "cpu"', '"the device": "Tesla T4"'))
+    with pytest.raises(ValueError, match='begun with other numbers: the device'):
+        train.compare(df[1:], recipes, **options)
+    file.write_text(text)
+    shutil.rmtree(start)
+    config.OUTPUT_FOLDER, config.SEED = str(tmp_path / 'again'), 1
+    weights = train.trainModel(df[:1])
+    config.SEED = 0
+    deploy.packModel(weights, start)
+    with pytest.raises(ValueError, match='begun with other numbers: the weights of START'):
+        train.compare(df[1:], recipes, **options)
 
 
 def test_compare_refusesAStartThatSawThePatients(df, tmp_path):
