@@ -4,10 +4,12 @@
 
 Of each system a network is trained in each fold, one after the other, and scored on the whole patients of the fold. The
 minutes are those of the training. What a system does once before it (patches, plans, crops) comes on top and is told
-apart. A stopped run goes on where it was. With SYSTEM, only those named run: two processes may share OUTPUT if they run
-others, each with cores or a device of its own. nnU-Net needs `pip install 'nnunetv2>=2.8'`.
+apart. A stopped run goes on where it was. With SYSTEM, only those named run. Two processes may share OUTPUT, each with
+cores or a device of its own, if the two systems of this package run in one of them; a run without SYSTEM then makes the
+table of all. nnU-Net needs `pip install 'nnunetv2>=2.8'`.
 """
 
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -21,8 +23,11 @@ import utils
 from atomic import writeAtomically
 from benchmarks import peers
 from benchmarks.recipes import SMALL
+from benchmarks.timing import describeMachine
+from engine import precision
 from patients import cohort
 from patients.reading import spacingOf
+from provenance import checksums
 
 OWN = {'default': {}, 'small network': SMALL}  # both of this package
 OTHERS = {
@@ -46,10 +51,16 @@ def main(folder, output, minutes=15, folds=4, *systems):
         DataFrame of `metrics.compareRecipes`, with the columns `minutes`, `steps` and `preparation` (seconds a
         patient): means over the folds; NaN where unknown.
     """
+    systems, parts = systems or (*OWN, *OTHERS), []
+    if unknown := [name for name in systems if name not in OWN and name not in OTHERS]:
+        raise ValueError(f'No system is called {", ".join(unknown)}; known: {", ".join((*OWN, *OTHERS))}.')
+    if any(name.startswith('nnU-Net') for name in systems) and importlib.util.find_spec('nnunetv2') is None:
+        raise ModuleNotFoundError("nnU-Net is not installed: pip install 'nnunetv2>=2.8', or name other systems.")
     df, numFolds = utils.makeFileList(folder), folds
     output = Path(output, f'{minutes:g} minutes, {folds} folds')
+    files, machine = {str(patient): checksums(paths) for patient, paths in df.iterrows()}, precision(config.DEVICE)
+    train.checkRecipe(output, {'patients': files, 'machine': describeMachine(machine), 'crop': peers.CROP})
     alone = [config.DEVICE]  # the others use one device, too
-    systems, parts = systems or (*OWN, *OTHERS), []
     if own := {name: values for name, values in OWN.items() if name in systems}:
         parts.append(train.scoreRecipes(df, own, [None], numFolds, 1, None, minutes, output / 'own', alone))
         parts[0]['minutes'] = parts[0].pop('seconds') / 60
@@ -59,16 +70,15 @@ def main(folder, output, minutes=15, folds=4, *systems):
         for fold, sets in enumerate(cohort.splitFolds(df, numFolds)):
             file = output / f'{name}-{fold}.csv'
             if not file.exists():
-                table = _trainAndScore(OTHERS[name](), *sets, 60 * minutes, output / f'work {name}')
+                with train.configured({'SEED': train.seedOf(fold, config.SEED)}):
+                    table = _trainAndScore(OTHERS[name](), *sets, 60 * minutes, output / f'work {name}')
                 with writeAtomically(file) as temporary:
                     table.to_csv(temporary, index=False)
-            part = pd.read_csv(file, dtype={'patient': str})
-            if set(part['patient']) != set(map(str, sets[1].index)):
-                raise ValueError(f'{file} has the scores of other patients: choose another OUTPUT.')
-            parts.append(part.assign(recipe=name, fold=fold, seed=config.SEED))
+            parts.append(pd.read_csv(file, dtype={'patient': str}).assign(recipe=name, fold=fold, seed=config.SEED))
     scores = pd.concat(parts, ignore_index=True)
     scores['subject'] = scores['patient'].map(cohort.findSubjects(df).rename(index=str))
-    table = metrics.compareRecipes(scores)
+    with train.configured({'CONFIDENCE': 1 - 0.05 / max(1, len(systems) - 1)}):  # of all comparisons together
+        table = metrics.compareRecipes(scores)
     table[['minutes', 'steps', 'preparation']] = scores.groupby('recipe')[['minutes', 'steps', 'preparation']].mean()
     with writeAtomically(output / 'headtohead.csv') as temporary:
         table.to_csv(temporary)

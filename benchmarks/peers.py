@@ -43,9 +43,10 @@ class SegResNet:
 
     def train(self, seconds):
         torch.manual_seed(config.SEED)
-        augment = monai.transforms.Compose(_randomTransforms()).set_random_state(config.SEED)
-        dataset = monai.data.Dataset(self.cases, augment)
-        loader = monai.data.DataLoader(dataset, shuffle=True, num_workers=config.LOADER_WORKERS)
+        torch.backends.cudnn.benchmark = True  # as the tutorial sets it
+        dataset = monai.data.Dataset(self.cases, monai.transforms.Compose(_randomTransforms()))
+        workers = {'num_workers': config.LOADER_WORKERS, 'persistent_workers': config.LOADER_WORKERS > 0}
+        loader = monai.data.DataLoader(dataset, shuffle=True, **workers)
         cases = itertools.chain.from_iterable(itertools.repeat(loader))
         self.model = monai.networks.nets.SegResNet(
             blocks_down=(1, 2, 2, 4),
@@ -147,7 +148,7 @@ class NnUNet:
         from nnunetv2.run.run_training import get_trainer_from_args
 
         torch.manual_seed(config.SEED)
-        torch.backends.cudnn.benchmark = True  # as its command sets it; in all that follows too
+        torch.backends.cudnn.benchmark = True  # as its command sets it
         device = torch.device(config.DEVICE)
         self.trainer = get_trainer_from_args('1', self.configuration, 'all', device=device)
         self.trainer.on_train_start()

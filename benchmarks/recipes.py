@@ -25,7 +25,7 @@ PLANES = {**BACKGROUND, 'PLANES': config.PLANES, 'SLICE_STEP': config.SLICE_STEP
 CONTRAST = {**PLANES, 'CONTRAST_PROBABILITY': config.CONTRAST_PROBABILITY}
 RECIPES = {
     'document': config.DOCUMENT,
-    'Dice + cross-entropy, decay': LOSS,
+    'Dice + cross-entropy, decay, fewer flips': LOSS,
     '+ average of the weights': AVERAGE,
     '+ background patches': BACKGROUND,
     '+ three planes': PLANES,
@@ -44,7 +44,8 @@ def main(folder, output, numSteps=1500, folds=4, seeds=1, recipes=None):
         recipes: dict of name to `config` values; default `RECIPES`.
     """
     recipes = {name: {**SMALL, **values} for name, values in (RECIPES if recipes is None else recipes).items()}
-    table = train.compare(utils.makeFileList(folder), recipes, folds, seeds, steps=numSteps, output=output)
+    with train.configured({'CONFIDENCE': 1 - 0.05 / max(1, len(recipes) - 1)}):  # of all comparisons together
+        table = train.compare(utils.makeFileList(folder), recipes, folds, seeds, steps=numSteps, output=output)
     print(table.round(3).T.to_string())
     return table
 

