@@ -424,8 +424,7 @@ def predictFolder(patients, folder, out):
     _writeSettings(out / 'settings.json', about, patients)
     patients = {each: _imagesOf(paths, about, each) for each, paths in patients.items()}
     labels = {each: labelsFor(paths, about) for each, paths in patients.items()}
-    own, names = _checksumOf([about, network.name]), about['modalities']
-    remarks = {each: remarkOf([own, list(labels[each].items())], paths, names) for each, paths in patients.items()}
+    remarks = _remarksOf(patients, network, labels)
     files = {each: out / f'{each}.nii.gz' for each in patients}
     waiting = deque(each for each, file in files.items() if not (isWritten(file, remarks[each]) or isCorrected(file)))
     if numKept := len(patients) - len(waiting):
@@ -458,6 +457,12 @@ def predictFolder(patients, folder, out):
     return bad
 
 
+def _remarksOf(patients, network, labels):
+    """Return id -> what is written into the header of a segmentation, so that later runs know what it was made of."""
+    own, names = _checksumOf([network.about, network.name]), network.about['modalities']
+    return {each: remarkOf([own, list(labels[each].items())], paths, names) for each, paths in patients.items()}
+
+
 def _writeSettings(file, about, patients):
     """Write the rules of a model folder, and whom all its networks were trained on, beside what is there already."""
     before = json.loads(file.read_text())['prediction'] if file.is_file() else {}
@@ -477,7 +482,7 @@ def _writeSettings(file, about, patients):
         temporary.write_text(json.dumps({'prediction': settings}, indent=1))
 
 
-def _write(yhat, paths, about, labels, file, stem, remark=''):
+def _write(yhat, paths, about, labels, file, stem, remark):
     """Write the segmentation of a patient after the rules of a model folder, and the names of its labels."""
     yhat = applyRules(yhat, about['rules'], spacingOf(paths))
     saveSegmentation(yhat, paths, file, labels, remark)
@@ -497,11 +502,12 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     try:
         first, *others = given.patient
-        hasFolder = bool(others) and first.partition('=')[0] not in COLUMNS
+        hasFolder = bool(others) and ('=' not in first or os.path.isdir(first))
         network, named = loadFolder(first if hasFolder else 'glioma'), others if hasFolder else given.patient
         patients, isFile, bad = _findPatients(named), given.out.endswith(('.nii', '.nii.gz')), {}
         isFolder = os.path.isdir(given.out) or not Path(given.out).suffix
-        if not isFile and not (os.path.isdir(named[0]) and isFolder):
+        isImage = given.out.partition('=')[0] in COLUMNS  # the segmentation was forgotten
+        if isImage or (not isFile and not (os.path.isdir(named[0]) and isFolder)):
             raise ValueError(f'{given.out}: the last argument is the file to write, .nii or .nii.gz, or a folder.')
         if isFile and len(patients) > 1:
             raise ValueError(f'{given.out}: there are {len(patients)} patients; name a folder for them, not a file.')
@@ -512,9 +518,11 @@ def main(arguments=None):
                 if os.path.realpath(given.out) in [os.path.realpath(file) for file in filter(None, paths.values())]:
                     raise ValueError(f'{given.out} is a file of {patient}: name another one to write.')
                 paths = _imagesOf(paths, network.about, patient)
+                labels = labelsFor(paths, network.about)
+                [remark] = _remarksOf({patient: paths}, network, {patient: labels}).values()
                 yhat = predict(paths, network, **_optionsOf(network.about['rules']))
                 stem = re.sub(r'\.nii(\.gz)?$', '', given.out)
-                _write(yhat, paths, network.about, labelsFor(paths, network.about), given.out, stem)
+                _write(yhat, paths, network.about, labels, given.out, stem, remark)
             else:
                 bad = predictFolder(patients, network, given.out)
     except (ValueError, OSError, UserWarning, ImportError) as error:
@@ -546,6 +554,8 @@ def _findPatients(given):
     paths = dict(item.partition('=')[::2] for item in given)
     if unknown := paths.keys() - set(COLUMNS):
         raise ValueError(f'{", ".join(sorted(unknown))}: an existing folder, or {"=..., ".join(COLUMNS)}=... expected.')
+    if len(paths) < len(given):
+        raise ValueError(f'{" ".join(given)}: each modality was expected once.')
     return {patientOf(paths): paths}
 
 

@@ -66,6 +66,10 @@ def startFrom(model):
     needed = {name: member['settings'][name] for name in ('ENCODER_NAME', 'ENCODER_DEPTH', 'DECODER_CHANNELS')}
     if other := [f'{name} = {value!r}' for name, value in needed.items() if value != plain(getattr(config, name))]:
         raise ValueError(f'config.START, {folder}, has another network: set config.{", config.".join(other)}.')
+    if about['stretching'] != (stretching := plain([config.STRETCH_PERCENTILES, config.STRETCH_RANGE])):
+        raise ValueError(
+            f'config.START, {folder}, has the STRETCH_PERCENTILES and _RANGE {about["stretching"]}, not {stretching}.'
+        )
     weights = safetensors.torch.load_file(folder / member['folder'] / 'model.safetensors')
     own = unwrap(model).state_dict()
     first = next(name for name, each in own.items() if name.startswith('encoder.') and each.ndim == 4)

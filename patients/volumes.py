@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import math
+import os
 import warnings
 
 import numpy as np
@@ -25,9 +26,9 @@ def keepMemory():
     """Let this process keep the memory of large arrays for the next ones: it stays about as large as it once was.
 
     By itself glibc gives it back, and Linux clears the pages of every new array: a quarter of a prediction by torch on
-    a CPU. Other C libraries have no `mallopt`.
+    a CPU. Other C libraries have no `mallopt`, and Windows has no name for its own.
     """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if os.name == 'posix' else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no array has pages of its own
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes that are free at the end of the heap

@@ -227,6 +227,10 @@ def test_startFrom_takesTheChannelsByName(tmp_path):
             r"set config\.ENCODER_NAME = 'resnet18', config\.DECODER_CHANNELS = \[16, 8, 8\]",
         ),
         ({'START': 'nowhere'}, 'nowhere is no model folder'),
+        (
+            {'STRETCH_PERCENTILES': (1, 99)},
+            r'the STRETCH_PERCENTILES and _RANGE \[\[0\.5, 99\.5\], .*not \[\[1, 99',
+        ),
     ],
 )
 def test_startFrom_refusesOtherNetworks(tmp_path, changes, words):
@@ -377,6 +381,15 @@ def floatLayers(folder):
     return [node for node in graph.node if node.op_type == 'Conv' and node.input[1] in weights]
 
 
+def assertEqualButForTheRemark(file, expected):
+    """Assert that two segmentations are equal, but that only the first says what it was made of."""
+    one, other = nib.load(file), nib.load(expected)
+    np.testing.assert_array_equal(np.asarray(one.dataobj), np.asarray(other.dataobj))
+    assert one.header['descrip'].item() and not other.header['descrip'].item()
+    one.header['descrip'] = ''
+    assert one.header == other.header
+
+
 def test_main_predictsAPatientWithOwnNames(tmp_path, paths, capsys):
     """Files of any name become a segmentation on their grid, with label names beside it; their folder is refused."""
     rules = components.Tuning(N=10, ml=0.5)
@@ -398,7 +411,7 @@ def test_main_predictsAPatientWithOwnNames(tmp_path, paths, capsys):
     assert slicer[1] == '0 background 0 0 0 0' and slicer[4:] == ['4 enhancing_tumor 224 48 30 255']
     expected = postprocess.applyRules(predictor.predict(paths, folder), rules)
     patients.saveSegmentation(expected, paths, tmp_path / 'expected.nii.gz')
-    assert (tmp_path / 'expected.nii.gz').read_bytes() == (tmp_path / 'named.nii.gz').read_bytes()
+    assertEqualButForTheRemark(tmp_path / 'named.nii.gz', tmp_path / 'expected.nii.gz')
 
 
 def test_main_predictsAsTheRulesWereTunedOnTheGridOfItsImages(tmp_path, paths, capsys):
@@ -415,7 +428,7 @@ def test_main_predictsAsTheRulesWereTunedOnTheGridOfItsImages(tmp_path, paths, c
     row = {name: str(given[name]) for name in used}
     yhat = postprocess.applyRules(predictor.predict(row, folder, **options), rules)
     patients.saveSegmentation(yhat, row, tmp_path / 'expected.nii.gz', {0: 0, 1: 1, 2: 2, 3: 4})
-    assert (tmp_path / 'expected.nii.gz').read_bytes() == (tmp_path / 'out.nii.gz').read_bytes()
+    assertEqualButForTheRemark(tmp_path / 'out.nii.gz', tmp_path / 'expected.nii.gz')
     other = exportModel(tmp_path / 'other', file, rules=rules._replace(kind=components.kindOf(planes=['axial'])))
     with pytest.raises(SystemExit):
         predictor.main([other, *words, str(tmp_path / 'none.nii.gz')])
@@ -465,6 +478,21 @@ def test_main_predictsAFolderAndGoesOn(tmp_path, capsys):
     assert files[0].read_bytes() == corrected and np.asarray(nib.load(files[1]).dataobj).shape == (40, 44, 20)
 
 
+def test_main_keepsInAFolderWhatTheSameNetworksMadeOfOnePatient(tmp_path, capsys):
+    """A patient predicted by itself into the folder is not predicted again; one by other networks is."""
+    phantom.makeCases(tmp_path / 'data', 2, shape=(40, 44, 20))
+    patient = patients.makeFileList(tmp_path / 'data').index[0]
+    folder, other = (exportModel(tmp_path / f'{seed}', writeCheckpoint(f'{seed}.pt', seed=seed)) for seed in (0, 1))
+    alone, many = [str(tmp_path / 'data' / patient), str(tmp_path / f'out/{patient}.nii.gz')], [str(tmp_path / 'data')]
+    for network, told in ((other, None), (folder, '1 of 2 patients were segmented before')):
+        predictor.main([network, *alone])
+        capsys.readouterr()
+        predictor.main([folder, *many, str(tmp_path / 'out')])
+        said = capsys.readouterr().out
+        assert 'is kept' not in said and (told in said if told else 'before' not in said)
+        (tmp_path / 'out' / 'BraTS20_Training_002.nii.gz').unlink()
+
+
 def test_predictFolder_ofThePredictorTellsWhomTheNetworksKnow(tmp_path, capsys):
     """By the voxels, under another name, and by the name; a folder of torch's is not mixed up with it."""
     phantom.makeCases(tmp_path / 'data', 3, shape=(40, 44, 20))
@@ -491,11 +519,16 @@ def test_main_refusesAnotherPlaceToWrite(tmp_path, paths, capsys):
         (named, 'a', 'the last argument is the file to write'),
         ([str(tmp_path / 'two')], 'a.mha', 'the last argument is the file to write'),
         (named, paths['t2'], 'is a file of'),  # the last was forgotten
+        ([*named, named[0]], 'a.nii.gz', 'each modality was expected once'),
+        ([f't1c={paths["t1ce"]}', *named], 'a.nii.gz', 't1c: an existing folder, or t1=..., t1ce=...'),
         ([str(Path(paths['t2']).parent)], paths['seg'], 'is a file of'),
     ):
         with pytest.raises(SystemExit):
             predictor.main([folder, *given, str(tmp_path / 'new' / out)])
         assert words in capsys.readouterr().err and not (tmp_path / 'new').exists()
+    with pytest.raises(SystemExit):
+        predictor.main([folder, *named])  # the last modality in the place of the segmentation
+    assert 'the last argument is the file to write' in capsys.readouterr().err
     (tmp_path / 'out.v1').mkdir()
     predictor.main([folder, str(tmp_path / 'two'), str(tmp_path / 'out.v1')])
     assert len(list((tmp_path / 'out.v1').glob('*.nii.gz'))) == 2

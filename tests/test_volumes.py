@@ -1,5 +1,7 @@
 """The boxes of a second look, by hand and by chance."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,18 @@ def masksOf(boxes, shape=(64, 64, 64)):
     for box in boxes:
         mask[box] = True
     return mask, np.ones(shape, bool)
+
+
+def test_keepMemory_doesNothingOnWindows(monkeypatch):
+    """There a library without a name is a TypeError, and the predictor would stop."""
+
+    def CDLL(name):
+        raise TypeError
+
+    with monkeypatch.context() as windows:
+        windows.setattr(ctypes, 'CDLL', CDLL)
+        windows.setattr(volumes.os, 'name', 'nt')
+        volumes.keepMemory.__wrapped__()
 
 
 @pytest.mark.parametrize(
