@@ -187,8 +187,10 @@ def _compare(found, provenance, leftOut, dataframe, known):
         reasons.append('a transform of your own cannot be compared with an earlier one')
     if reasons:
         return reasons
-    sums = forEachPatient(functools.partial(checksums, known=known), dataframe, 'compare')
+    sums = forEachPatient(attempt(functools.partial(_sumsOf, known=known)), dataframe, 'compare')
     sums = dict(zip(dataframe.index.astype(str), sums, strict=True))
+    if bad := [str(each) for each in sums.values() if isinstance(each, Exception)]:
+        return bad[:1]
     before = found['patients'] | {patient: content for patient, (_, content) in leftOut.items()}
     reasons = differences({**found, 'patients': before}, {**provenance, 'patients': sums})
     isReordered = list(found['patients']) != [patient for patient in sums if patient not in leftOut]
@@ -269,7 +271,18 @@ def _append(file, number, origins, image, label):
 
 def _cutWithChecksums(paths, known, **options):
     """Return the checksums of a patient's files, and what `_cutPatient` returns or the error that it raised."""
-    return checksums(paths, known), attempt(functools.partial(_cutPatient, **options))(paths)
+    content = attempt(functools.partial(_sumsOf, known=known))(paths)
+    if isinstance(content, Exception):
+        return None, content
+    return content, attempt(functools.partial(_cutPatient, **options))(paths)
+
+
+def _sumsOf(paths, known):
+    """Return `checksums`; raise a ValueError, as of any bad patient, if a file cannot be opened."""
+    try:
+        return checksums(paths, known)
+    except OSError as error:
+        raise ValueError(f'{patientOf(paths)}: {error}') from error
 
 
 def _cutPatient(paths, transform, dtype, settings):

@@ -136,6 +136,10 @@ REFUSED = {
 }
 
 
+class RefusedDataError(ValueError):
+    """A file of a data set that is not read, such as another disease."""
+
+
 def known():
     """Return all editions, name -> Edition: those of `config.OWN_EDITIONS` first, then `EDITIONS`."""
     own = {name: each if isinstance(each, Edition) else Edition(**each) for name, each in config.OWN_EDITIONS.items()}
@@ -176,7 +180,7 @@ def detect(path):
     file = Path(path).name
     reason = next((why for pattern, why in REFUSED.items() if re.match(pattern, file, re.IGNORECASE)), None)
     if isImage and reason:
-        raise ValueError(f'{path} cannot be read: {reason}. Take its folder away, or see docs/editions.md.')
+        raise RefusedDataError(f'{path} cannot be read: {reason}. Take its folder away, or see docs/editions.md.')
     if declared is not None and not reason:
         parsed = found[declared].parse(path, anyId)
         return parsed and Found(declared, *parsed)
@@ -275,6 +279,7 @@ def labelsFrom(classes, numClasses=None):
         numClasses: default `config.NO_CLASSES`.
     """
     labels = {number: label for label, number in reversed(classes.items())}
+    labels[0] = 0  # whatever else is background
     if (numClasses or config.NO_CLASSES) > CAVITY:
         labels.setdefault(CAVITY, 0)
     return dict(sorted(labels.items()))

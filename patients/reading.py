@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 
 import config
-from patients.editions import COLUMNS, classesOf, detect, known, undetected
+from patients.editions import COLUMNS, RefusedDataError, classesOf, detect, known, undetected
 from patients.volumes import alongMemory
 
 try:  # faster than gzip; the predictor does without
@@ -65,12 +65,17 @@ def findFiles(folder=None):
         raise FileNotFoundError('No folder of patients: set config.DATA_FOLDER or the variable BRATS_FOLDER to it.')
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'The folder of patients {folder} does not exist.')
-    rows, automatic, seen = {}, {}, {}
+    rows, automatic, seen, editions = {}, {}, {}, {}
     for path in _niftiFiles(folder):
         found = detect(path)
         if found is None:
             continue
         seen.setdefault(found.edition, set()).update(found.columns)
+        if (edition := editions.setdefault(found.patient, found.edition)) != found.edition:
+            raise ValueError(
+                f'Patient {found.patient} has files of the editions {edition} and {found.edition} ({path}), where '
+                'labels may mean different tissues. Give the patients different ids.'
+            )
         row = (automatic if found.isAutomatic else rows).setdefault(found.patient, dict.fromkeys(COLUMNS))
         for column in found.columns:
             if row[column] is not None:
@@ -117,7 +122,14 @@ def _hintAt(folder):
 def _niftiFiles(folder):
     """Yield the NIfTI files below a folder in a fixed order; each folder is entered once, even if linked to."""
     seen = set()
-    for here, folders, names in os.walk(folder, followlinks=True):
+
+    def tell(error):
+        print(f'{error.filename} cannot be listed ({error.strerror}): patients in it are missing.')
+
+    for here, folders, names in os.walk(folder, onerror=tell, followlinks=True):
+        if os.path.realpath(here) in seen:
+            folders.clear()
+            continue
         seen.add(os.path.realpath(here))
         folders[:] = sorted(
             name
@@ -228,6 +240,8 @@ def readVolumes(paths, modalities=None):
     modalities = config.MODALITIES if modalities is None else modalities
     try:
         channels = known()[detectEdition(paths)].channels or {}
+    except RefusedDataError:
+        raise
     except ValueError:
         channels = {}  # unknown edition: matters only if there are labels
     files = [(modality, fileOf(paths, modality, modalities)) for modality in modalities]

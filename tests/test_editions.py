@@ -166,6 +166,11 @@ def test_detectPatient_takesTheIdAlone():
     assert [editions.detectPatient(patient) for patient in (*ids[2:4], 'anyone')] == ['Decathlon'] + 2 * ['BraTS2023']
 
 
+def test_labelsFrom_writesBackgroundAs0():
+    """Whatever other labels mean background too, and in whatever order they were given."""
+    assert editions.labelsFrom({9: 0, 4: 3, 2: 2, 1: 1, 0: 0}, 4) == {0: 0, 1: 1, 2: 2, 3: 4}
+
+
 def test_countWithCavity_addsItToFourClassesOnly():
     """Four classes become five, the cavity among them; other numbers stay."""
     for config.NO_CLASSES, expected in ((2, 2), (3, 3), (4, 5), (5, 5), (6, 6)):
@@ -189,6 +194,8 @@ def test_makeFileList_refusesOtherDiseasesByName(tmp_path, file, words, declared
     touch(tmp_path, *namesNewer('BraTS-GLI-00001-000'), f'other/{file}.nii.gz')
     with pytest.raises(ValueError, match=rf'{file}\.nii\.gz cannot be read: it .*{words}'):
         patients.makeFileList(tmp_path)
+    with pytest.raises(ValueError, match=rf'{file}\.nii\.gz cannot be read: it .*{words}'):  # named by the user
+        patients.readCase({'t1ce': str(tmp_path / f'other/{file}.nii.gz')}, ('t1ce',))
 
 
 def test_checkFiles_takesASegmentationOfAnyName(tmp_path):

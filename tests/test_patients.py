@@ -1,5 +1,6 @@
 import gzip
 import itertools
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -13,7 +14,7 @@ import patients
 import transforms
 import utils
 from conftest import COLUMNS, LAYOUTS, drawCases, names, touch, volumesOf, writeLayout
-from patients import volumes
+from patients import editions, volumes
 
 
 def test_makeFileList_findsSeveralEditionsAtAnyDepth(tmp_path):
@@ -49,6 +50,36 @@ def test_makeFileList_refusesAPatientTwice(tmp_path):
     touch(tmp_path, *names('BraTS2021_00001'), *(f'copy/{name}' for name in names('BraTS2021_00001')))
     with pytest.raises(ValueError, match=r'BraTS2021_00001 has \w+ twice: .* and .*copy'):
         patients.makeFileList(tmp_path)
+
+
+def test_makeFileList_refusesAPatientOfTwoEditions(tmp_path):
+    """Images of 2020 and a mask of one's own under the same id: nobody knows which table its labels have."""
+    config.OWN_EDITIONS = {
+        'Mine': editions.Edition(r'BraTS20_Training_\d+', {'corrected': ('seg',)}, {0: 0, 1: 2, 2: 1, 4: 3})
+    }
+    touch(tmp_path, 'BraTS20_Training_001_flair.nii.gz', 'BraTS20_Training_001_corrected.nii.gz')
+    with pytest.raises(ValueError, match=r'Patient BraTS20_Training_001 has files of the editions Mine and BraTS2020'):
+        patients.makeFileList(tmp_path)
+
+
+def test_makeFileList_entersALinkedFolderOnceAndTellsOfAClosedOne(tmp_path, monkeypatch, capsys):
+    """A second name of a folder is no second patient; patients in a folder that cannot be listed are missed aloud."""
+    touch(
+        tmp_path,
+        *(f'a/{name}' for name in names('BraTS2021_00001')),
+        *(f'c/{name}' for name in names('BraTS2021_00002')),
+    )
+    (tmp_path / 'b').symlink_to(tmp_path / 'a')
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith('c'):
+            raise PermissionError(13, 'Permission denied', folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    assert list(patients.makeFileList(tmp_path).index) == ['BraTS2021_00001']
+    assert f'{tmp_path / "c"} cannot be listed (Permission denied)' in capsys.readouterr().out
 
 
 def test_makeFileList_needsTheEditionOfUnknownNames(tmp_path):

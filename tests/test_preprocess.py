@@ -299,6 +299,30 @@ def test_makeDataset_readsAPatientAgainAfterADiskError(writeCase, tmp_path, monk
         assert list(json.loads(file['provenance'][()])['patients']) == ['P1', 'P2']
 
 
+def test_makeDataset_leavesOutAPatientWhoseFilesCannotBeOpened(writeCase, tmp_path, monkeypatch):
+    """Its checksums are no error of the patch file; once that is there, it is not called damaged."""
+    df = listOf(P1=makePatient(writeCase)[-1], P2=makePatient(writeCase, patient='BraTS20_Training_002')[-1])
+    real = preprocess.checksums
+
+    def checksums(paths, known):
+        if paths.name == 'P2':
+            raise PermissionError(13, 'Permission denied', paths['t2'])
+        return real(paths, known)
+
+    monkeypatch.setattr(preprocess, 'checksums', checksums)
+    with pytest.raises(ValueError, match=r'P2: .*Permission denied'):
+        preprocess.makeDataset(df, tmp_path / 'a.h5')
+    config.ON_BAD_PATIENT = 'leaveOut'
+    preprocess.makeDataset(df, tmp_path / 'a.h5')
+    with h5py.File(tmp_path / 'a.h5') as file:
+        assert list(json.loads(file['provenance'][()])['patients']) == ['P1']
+    config.ON_BAD_PATIENT = 'stop'
+    content = (tmp_path / 'a.h5').read_bytes()
+    with pytest.raises(ValueError, match=r'P2: .*Permission denied'):
+        preprocess.makeDataset(df, tmp_path / 'a.h5')
+    assert (tmp_path / 'a.h5').read_bytes() == content
+
+
 def test_makeDataset_cutsTheSameInOtherProcesses(writeCase, tmp_path):
     """Under a backend of processes, the values set in this one are those that patients are cut with."""
     config.MODALITIES, config.STRETCH_RANGE = ('flair', 't2', 't1ce'), (-0.5, 0.5)
