@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 import config
 from pictures.dots import BLUE, GREY, ORANGE, drawDots, makeDot, scaleAxis, spreadDots
-from pictures.figure import BELOW, countText, newFigure, requireColumns
+from pictures.figure import BELOW, countText, newFigure, requireColumns, requireOneRule
 
 GRADE_COLORS = {'HGG': BLUE, 'LGG': '#E69F00', 'unknown': '#BBBBBB'}
 
@@ -159,6 +159,7 @@ def plotVolumes(table):
         Bland and Altman, Lancet 327 (1986), 307 to 310.
     """
     requireColumns(table, ['patient', 'region', 'volumeTruth', 'volumePredicted'])
+    requireOneRule(table)
     regions = [region for region in config.REGIONS if region in set(table['region'])]
     volumes = table[['volumeTruth', 'volumePredicted']].to_numpy(float)
     numColumns = min(3, len(regions) + 1)

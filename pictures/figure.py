@@ -157,6 +157,14 @@ def requireColumns(table, columns):
         )
 
 
+def requireOneRule(table):
+    """Raise ValueError if a table has the scores of several challenges, each with other volumes and regions."""
+    if 'rule' in table and table['rule'].nunique() > 1:
+        first, *others = map(str, table['rule'].unique())
+        text = f'one was expected, such as table[table.rule == {first!r}]'
+        raise ValueError(f'The table has the rules {", ".join([first, *others])}; {text}.')
+
+
 def classNames():
     """Return the names of the classes; with four classes, that of the resection cavity (4) too."""
     return [*config.CLASS_NAMES, *([config.CAVITY_CLASS[0]] if config.NO_CLASSES == CAVITY else [])]

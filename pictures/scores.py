@@ -43,7 +43,7 @@ def plotScores(table):
     handles = [makeDot(BLUE), makeDot(BLUE, isHollow=True), Line2D([], [], color='black', linewidth=2)]
     handles.append(Line2D([], [], color=ORANGE, marker='D', markersize=5))
     texts = ['a patient', 'a patient without the region in truth', 'median']
-    texts.append(f'mean and its {config.CONFIDENCE:.0%} interval (bootstrap over patients)')
+    texts.append(f'mean and its {100 * config.CONFIDENCE:.4g}% interval (bootstrap over patients)')
     figure.legend(handles, texts, ncols=4 if numRegions > 4 else 2, **BELOW)
     figure.suptitle(f'Scores of {countText(table["patient"].nunique(), "the interval says little")}', fontsize=11)
     return figure
@@ -170,7 +170,7 @@ def plotComparison(tableA, tableB, names=('A', 'B')):
     handles = [makeDot(color) for color in (BLUE, GREY, ORANGE)]
     handles.append(Line2D([], [], color='black', marker='D', markersize=5))
     texts = [f'a patient: {names[1]} better', 'equal', f'{names[1]} worse']
-    texts.append(f'mean and its {config.CONFIDENCE:.0%} interval (bootstrap over patients); p: sign test')
+    texts.append(f'mean and its {100 * config.CONFIDENCE:.4g}% interval (bootstrap over patients); p: sign test')
     figure.legend(handles, texts, ncols=4, **BELOW)
     number = countText(tableA['patient'].nunique(), 'interval and test say little')
     figure.suptitle(f'{names[1]} compared with {names[0]}: {number}', fontsize=11)
@@ -194,6 +194,8 @@ def _drawDifferences(panels, tableA, tableB, names):
                 drawDots(panel, (place + spreadDots(scaled / 2 + 0.5))[isShown], own[isShown], color)
             labels.append(f'{region}\n{_drawMean(panel, place, summary.loc[(region, score)])}')
         _finishPanel(panel, labels)
+        if np.isinf(differences).any():
+            panel.set_title('infinite: beyond all others', fontsize=8, color='#444444')
         panel.set_ylim(-1.25 * top, 1.25 * top)
         unit = '' if score == 'dice' else ', mm'
         panel.set_ylabel(f'{_WORDS[score]}, {names[1]} minus {names[0]}{unit}\n(up: {names[1]} is better)')
@@ -214,6 +216,8 @@ def _scaleDistances(panel):
 def _drawMean(panel, place, row):
     """Draw the mean difference of one region and its interval; return what `compare` says of it in words."""
     counts = f'{row["better"]} better\n{row["worse"]} worse'
+    if row['unscored']:
+        counts += f'\n{row["unscored"]} without score'
     if not np.isfinite(row['mean']):
         return f'no mean\n{counts}'
     style = {'fmt': 'D', 'color': 'black', 'markersize': 5, 'capsize': 3, 'label': 'mean', 'zorder': 4}
@@ -250,7 +254,7 @@ def plotRecipes(scores):
     right.axhline(0, color='#444444', linewidth=1)
     right.set_ylabel(f'Dice, difference from {table.index[0]}\n(up: better)')
     handles = [makeDot(BLUE), Line2D([], [], color=ORANGE, marker='D', markersize=5)]
-    figure.legend(handles, ['a patient', f'mean and its {config.CONFIDENCE:.0%} interval'], ncols=2, **BELOW)
+    figure.legend(handles, ['a patient', f'mean and its {100 * config.CONFIDENCE:.4g}% interval'], ncols=2, **BELOW)
     numRuns = scores.groupby(['fold', 'seed']).ngroups
     figure.suptitle(f'{len(patients)} patients, {numRuns} trainings of each recipe', fontsize=11)
     return figure
@@ -296,7 +300,9 @@ def plotLearningCurve(table):
     panel.grid(axis='y', color='#E5E5E5', linewidth=0.7)
     panel.spines[['top', 'right']].set_visible(False)
     panel.legend(frameon=False)
-    figure.suptitle(f'Mean Dice and its {config.CONFIDENCE:.0%} interval; dashed: 1 - Dice = a n^-b', fontsize=10)
+    figure.suptitle(
+        f'Mean Dice and its {100 * config.CONFIDENCE:.4g}% interval; dashed: 1 - Dice = a n^-b', fontsize=10
+    )
     return figure
 
 

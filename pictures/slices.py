@@ -29,6 +29,7 @@ from pictures.figure import (
     mostInformativeSlice,
     newFigure,
     requireColumns,
+    requireOneRule,
     showClasses,
     shownChannel,
     showSlice,
@@ -386,6 +387,7 @@ def plotCases(table, predict):
 def _rankCases(table):
     """Return a dict of each patient to draw, best first, to the text beside it."""
     requireColumns(table, ['patient', 'region', 'dice'])
+    requireOneRule(table)
     dice = table.pivot(index='patient', columns='region', values='dice').reindex(columns=mainRegions()).dropna()
     if dice.empty:
         raise ValueError(f'No patient of the table has a Dice of each of {", ".join(mainRegions())}.')

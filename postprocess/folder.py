@@ -129,8 +129,11 @@ def _finishPatient(paths, found, folder, rules, kind, trained, remarks):
     yhat = applyRules(found.yhat, rules, spacing, kind)
     edition = detectEdition(paths)
     labels, file = labelsOf(edition), folder / 'upload' / f'{patient}.nii.gz'
+    maps = [folder / 'maps' / f'{patient}{end}.nii.gz' for end in ('', '_entropy')]
+    for each in maps:
+        each.unlink(missing_ok=True)  # of another image, it may be
     if found.probability is not None:
-        saveProbabilities(found.probability, paths, folder / 'maps' / f'{patient}.nii.gz')
+        saveProbabilities(found.probability, paths, maps[0])
     if not isCorrected(file):
         saveSegmentation(yhat, paths, file, remark=remarks[patient])
     with suppress(BlockingIOError):  # another process is writing the same
@@ -355,7 +358,7 @@ def _scoreCase(folder, rules, kind, challenges, paths):
         truth, affine = _readTruth(paths)
     except (ValueError, OSError) as error:
         return None, error
-    spacing = spacingOf(paths)
+    spacing = tuple(np.roll(nib.affines.voxel_sizes(affine), 1).tolist())  # (W, H, D) -> (D, W, H)
     yhat, bad = np.zeros_like(truth), None
     try:
         yhat = _readPredicted(paths, folder, truth, affine)

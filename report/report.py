@@ -19,7 +19,7 @@ import config
 import metrics
 import pictures
 from atomic import writeAtomically
-from patients.cohort import readGrades
+from patients.cohort import haveVoxelsOf, readGrades
 from patients.editions import withoutTime
 from patients.parallel import forEachPatient
 from patients.reading import COLUMNS, makeFileList
@@ -60,8 +60,10 @@ def writeReport(folder, dataframe=None, file=None):
     """
     place, upload = _placesOf(folder)
     df, numOthers = _listCases(upload, dataframe)
-    quality, trained = readQuality(place), readSettings(folder).get('prediction', {}).get('trainedOn')
-    work = functools.partial(describeCase, upload, quality, set(trained or ()))
+    quality, made = readQuality(place), readSettings(folder).get('prediction', {})
+    known = zip(df.index.astype(str), haveVoxelsOf(df, made.get('voxels')), strict=True)
+    trained = {*(made.get('trainedOn') or ()), *(patient for patient, isKnown in known if isKnown)}
+    work = functools.partial(describeCase, upload, quality, trained)
     cases = list(forEachPatient(work, df, 'report'))
     cases.sort(key=_urgencyOf)
     numCut = sum(case['packed'] is not None for case in cases[_MOST:])

@@ -518,6 +518,9 @@ def test_predictFolder_goesOnWithWhatIsMissingOrOld(df, tmp_path, capsys):
     assert file.read_bytes() == before
     postprocess.predictFolder(df, model, folder, probabilities=True, **options)
     assert len(list((folder / 'maps').iterdir())) == 2 * len(df) and file.read_bytes() == before
+    os.utime(df['t2'].iloc[0], (2, 2))  # another image: its maps are those of the one before
+    goOn(len(df) - 1)
+    assert len(list((folder / 'maps').iterdir())) == 2 * len(df) - 2
     file, image = (folder / 'upload' / f'{df.index[0]}.nii.gz'), nib.load(folder / 'upload' / f'{df.index[0]}.nii.gz')
     nib.save(nib.Nifti1Image(np.ones(image.shape, np.uint8), None, image.header), file)  # corrected, with our header
     before = file.read_bytes()
@@ -561,7 +564,10 @@ def test_predictFolder_takesTheGridOfTheImagesThatItReads(df, tmp_path):
         'validated': {},
     }
     with pytest.warns(UserWarning, match='MODALITIES'):
-        postprocess.predictFolder(df, model, tmp_path / 'out')
+        table = postprocess.predictFolder(df, model, tmp_path / 'out')
+    assert len(table) and (table['volumeTruth'] > 0).any()
+    scored = postprocess.scoreFolder(df, tmp_path / 'out' / 'upload')
+    pd.testing.assert_frame_equal(scored, table, check_dtype=False)  # by the voxels of the truth, not those of t1ce
     for patient, paths in df.iterrows():
         written, image = (nib.load(file) for file in (tmp_path / 'out' / 'upload' / f'{patient}.nii.gz', paths['t2']))
         assert written.shape == image.shape and (written.affine == image.affine).all()

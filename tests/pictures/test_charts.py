@@ -277,6 +277,22 @@ def test_plotScores_drawsEachRule():
     assert len(one.axes) == 2
 
 
+def test_plots_refuseSeveralRulesInOneFigure():
+    """Volumes and ranks of two challenges are not pooled."""
+    for plot in (pictures.plotVolumes, lambda table: pictures.plotCases(table, {})):
+        with pytest.raises(ValueError, match=r"rules BraTS2020, BraTS2024; one was expected, .*== 'BraTS2020'\]"):
+            plot(makeRules())
+
+
+def test_plotComparison_countsWhatHasNoScore():
+    """A region that a patient's truth and both predictions lack has no score by 2026: the label says how many."""
+    table = makeTable(ET=[np.nan, 0.4, 0.5])
+    config.CONFIDENCE = 1 - 0.05 / 3
+    figure = pictures.plotComparison(table, table)
+    assert '1 without score' in figure.axes[0].get_xticklabels()[0].get_text()
+    assert 'its 98.33% interval' in legendTexts(figure)[3]
+
+
 def test_plotScores_countsWhatHasNoScoreBy2026():
     """By 2026 an empty region has no score: it is left out of the mean, and the label says of how many."""
     table = makeTable(WT=[0.9, 0.7], ET=[np.nan, 0.4], RC=[np.nan] * 2).assign(rule='BraTS2026')
@@ -340,6 +356,7 @@ def test_plotComparison_drawsEachRule():
     figure.canvas.draw()
     (worse,) = [line for line in linesOf(figure.axes[1], 'full')[:3] if len(line.get_ydata()) and line.get_ydata()[0]]
     assert np.isfinite(worse.get_ydata()).all() and worse.get_ydata()[0] < figure.axes[1].get_ylim()[0]
+    assert [panel.get_title() for panel in figure.axes[:4]] == ['', 'infinite: beyond all others', '', '']
     with pytest.raises(ValueError, match='other patients'):
         pictures.plotComparison(a, b.replace('a', 'x'))
     with pytest.raises(ValueError, match='lacks the columns'):

@@ -21,7 +21,7 @@ import patients
 import phantom
 import postprocess
 import report
-from patients import editions
+from patients import editions, reading
 from postprocess import quality
 
 QUALITY = ['patient', 'region', 'predictedDice', 'low', 'high', 'isFlagged']
@@ -314,6 +314,11 @@ def test_writeReport_doesNotScoreTrainingPatients(folder):
     assert page.row(nameOf(1))['WT Dice'] is None and 'trained on' in page.row(nameOf(1))['kinds']
     assert page.row(nameOf(2))['WT Dice'] is not None
     assert 'SEED' in page.text and '/secret/place' not in page.source
+    paths = patients.makeFileList().iloc[0]
+    known = {'trainedOn': [], 'voxels': {'another name': reading.voxelChecksums(paths, ['t1ce'])}}
+    (folder / 'settings.json').write_text(json.dumps({'prediction': known}))
+    found = Page(report.writeReport(folder))
+    assert found.row(nameOf(1))['WT Dice'] is None and found.row(nameOf(2))['WT Dice'] is not None
     (folder / 'settings.json').write_text(json.dumps({'prediction': {'trainedOn': None}}))  # not known
     assert Page(report.writeReport(folder)).row(nameOf(1))['WT Dice'] is not None
 
