@@ -134,6 +134,19 @@ def test_trainMembers_shareTheTime(df, monkeypatch):
     assert given == [3.0, 5.0]
 
 
+def writeCache(tell):
+    """Write the memory for patches that this process may use; called in a process of its own."""
+    Path(config.OUTPUT_FOLDER, 'cache').write_text(str(config.CACHE_PATCHES))
+
+
+def test_runOnDevices_sharesTheMemory(df, tmp_path):
+    """Two processes on one machine hold half as many patches each."""
+    config.CACHE_PATCHES = 0.4
+    values = train._configWith({'OUTPUT_FOLDER': str(tmp_path)})
+    assert train._runOnDevices(writeCache, {'one': (values, ())}, ['cpu', 'cpu']) == {}
+    assert float((tmp_path / 'cache').read_text()) == 0.2
+
+
 def killWhenSaved(file):
     """Kill the process that trains a member, once its first epoch is saved."""
     while not Path(file).exists():
