@@ -331,8 +331,9 @@ def _runOnDevices(work, jobs, devices):
 def _show(bar, state, text):
     """Show in the bar of a member the epoch, or the error, that its process sent."""
     if state == 'epoch':
-        bar.n, bar.total = map(int, re.match(r'epoch +(\d+) of (\d+)', text).groups())
-        bar.set_postfix_str(text.partition(': ')[2])
+        if found := re.match(r'epoch +(\d+) of (\d+)', text):
+            bar.n, bar.total = map(int, found.groups())
+        bar.set_postfix_str(text.partition(': ')[2] if found else text)
     elif state == 'failed':
         bar.set_postfix_str(f'failed: {text.splitlines()[0][:60]}')
 

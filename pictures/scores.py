@@ -43,10 +43,15 @@ def plotScores(table):
     handles = [makeDot(BLUE), makeDot(BLUE, isHollow=True), Line2D([], [], color='black', linewidth=2)]
     handles.append(Line2D([], [], color=ORANGE, marker='D', markersize=5))
     texts = ['a patient', 'a patient without the region in truth', 'median']
-    texts.append(f'mean and its {100 * config.CONFIDENCE:.4g}% interval (bootstrap over patients)')
+    texts.append(f'mean and its {_level()} interval (bootstrap over patients)')
     figure.legend(handles, texts, ncols=4 if numRegions > 4 else 2, **BELOW)
     figure.suptitle(f'Scores of {countText(table["patient"].nunique(), "the interval says little")}', fontsize=11)
     return figure
+
+
+def _level():
+    """Return the level of the intervals in words, such as '98.33%'."""
+    return f'{100 * config.CONFIDENCE:.4g}%'
 
 
 def _splitByRule(table):
@@ -170,7 +175,7 @@ def plotComparison(tableA, tableB, names=('A', 'B')):
     handles = [makeDot(color) for color in (BLUE, GREY, ORANGE)]
     handles.append(Line2D([], [], color='black', marker='D', markersize=5))
     texts = [f'a patient: {names[1]} better', 'equal', f'{names[1]} worse']
-    texts.append(f'mean and its {100 * config.CONFIDENCE:.4g}% interval (bootstrap over patients); p: sign test')
+    texts.append(f'mean and its {_level()} interval (bootstrap over patients); p: sign test')
     figure.legend(handles, texts, ncols=4, **BELOW)
     number = countText(tableA['patient'].nunique(), 'interval and test say little')
     figure.suptitle(f'{names[1]} compared with {names[0]}: {number}', fontsize=11)
@@ -254,7 +259,7 @@ def plotRecipes(scores):
     right.axhline(0, color='#444444', linewidth=1)
     right.set_ylabel(f'Dice, difference from {table.index[0]}\n(up: better)')
     handles = [makeDot(BLUE), Line2D([], [], color=ORANGE, marker='D', markersize=5)]
-    figure.legend(handles, ['a patient', f'mean and its {100 * config.CONFIDENCE:.4g}% interval'], ncols=2, **BELOW)
+    figure.legend(handles, ['a patient', f'mean and its {_level()} interval'], ncols=2, **BELOW)
     numRuns = scores.groupby(['fold', 'seed']).ngroups
     figure.suptitle(f'{len(patients)} patients, {numRuns} trainings of each recipe', fontsize=11)
     return figure
@@ -300,9 +305,7 @@ def plotLearningCurve(table):
     panel.grid(axis='y', color='#E5E5E5', linewidth=0.7)
     panel.spines[['top', 'right']].set_visible(False)
     panel.legend(frameon=False)
-    figure.suptitle(
-        f'Mean Dice and its {100 * config.CONFIDENCE:.4g}% interval; dashed: 1 - Dice = a n^-b', fontsize=10
-    )
+    figure.suptitle(f'Mean Dice and its {_level()} interval; dashed: 1 - Dice = a n^-b', fontsize=10)
     return figure
 
 

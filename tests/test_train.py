@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import psutil
@@ -145,6 +146,16 @@ def test_runOnDevices_sharesTheMemory(df, tmp_path):
     values = train._configWith({'OUTPUT_FOLDER': str(tmp_path)})
     assert train._runOnDevices(writeCache, {'one': (values, ())}, ['cpu', 'cpu']) == {}
     assert float((tmp_path / 'cache').read_text()) == 0.2
+
+
+def test_show_takesOtherTextThanAnEpoch():
+    """What a training tells beside its epochs, such as too few minutes, is shown as it is."""
+    shown = []
+    bar = types.SimpleNamespace(set_postfix_str=shown.append, n=0, total=None)
+    train._show(bar, 'epoch', 'epoch   2 of 5: loss 0.5')
+    train._show(bar, 'epoch', '1 minutes are 3 batches, less than the 4 of an epoch: give more minutes.')
+    assert shown == ['loss 0.5', '1 minutes are 3 batches, less than the 4 of an epoch: give more minutes.']
+    assert (bar.n, bar.total) == (2, 5)
 
 
 def killWhenSaved(file):
