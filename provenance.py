@@ -39,6 +39,7 @@ INPUT = {  # input settings: they decide what of a patient a model is given; wit
 SETTINGS = {  # input settings, and those that decide which patches are cut
     **INPUT,
     'editions': "the labels' classes in each edition",
+    'channels': 'the channels of 4-D files in each edition of config.OWN_EDITIONS',
     'patchStride': 'config.PATCH_STRIDE',
     'sliceStep': '[config.SLICE_STEP, config.SEED]',
     'randomStarts': 'the seed of config.RANDOM_STARTS',
@@ -56,7 +57,8 @@ def describe(df, transform=None):
 
     Returns:
         dict of plain values with the keys of `SETTINGS`: `modalities` in order, `classes` (names), `patchSize`,
-        `planes`, `stretching` ([percentiles, range]), `editions` (name -> [label, class] pairs), `patchStride`,
+        `planes`, `stretching` ([percentiles, range]), `editions` (name -> [label, class] pairs), `channels` (name ->
+        modality -> index, where `config.OWN_EDITIONS` has 4-D files), `patchStride`,
         `sliceStep` ([step, seed], or None if every slice is cut), `randomStarts` (the seed, or None) and `background`
         ([fraction, seed], or None; fraction None: it follows the data). `preprocess.makeDataset` adds what it finds in
         the data: `share` (the fraction) and `spacing` (the median voxel size in mm along (D, W, H)).
@@ -66,10 +68,12 @@ def describe(df, transform=None):
     """
     editions = sorted({_editionOf(paths) for _, paths in df.iterrows()} - {None})
     share, step, seed = plain(config.BACKGROUND_SHARE), plain(config.SLICE_STEP), plain(config.SEED)
+    channels = {name: dict(known()[name].channels or {}) for name in editions if name in config.OWN_EDITIONS}
     return {
         **configured(),
         **({} if transform is None else {'stretching': None}),
         'editions': {name: [[*pair] for pair in classesOf(name).items()] for name in editions},
+        **({'channels': channels} if any(channels.values()) else {}),
         'patchStride': plain(config.PATCH_STRIDE),
         'sliceStep': [step, seed] if step > 1 else None,
         'randomStarts': seed if config.RANDOM_STARTS else None,

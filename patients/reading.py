@@ -275,8 +275,13 @@ def voxelChecksums(paths, modalities):
     return {modality: f'{zlib.crc32(each):08x}' for modality, each in zip(found, values, strict=True) if each.size}
 
 
+_voxelsRead = {}  # (file, modality, size, time) -> `voxelChecksums` of it, as each member of an ensemble asks again
+
+
 def hasVoxelsOf(paths, voxels):
     """Return whether a patient has an image with the voxels of a training, whatever its name and header.
+
+    An image is read once in a process, unless its size or time changes.
 
     Args:
         paths: one row of the file list.
@@ -288,10 +293,13 @@ def hasVoxelsOf(paths, voxels):
     if first is None:
         return False
     try:
-        own = voxelChecksums(paths, [first])
+        state = os.stat(paths[first])
+        key = str(paths[first]), first, state.st_size, state.st_mtime_ns
+        if key not in _voxelsRead:
+            _voxelsRead[key] = voxelChecksums(paths, [first]).get(first)
     except (ValueError, OSError):  # told when the patient is read for its own sake
         return False
-    return bool(own) and any(sums.get(first) == own[first] for sums in voxels.values())
+    return _voxelsRead[key] is not None and any(sums.get(first) == _voxelsRead[key] for sums in voxels.values())
 
 
 def readLabel(paths):

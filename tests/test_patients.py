@@ -13,8 +13,8 @@ import config
 import patients
 import transforms
 import utils
-from conftest import COLUMNS, LAYOUTS, drawCases, names, touch, volumesOf, writeLayout
-from patients import editions, volumes
+from conftest import COLUMNS, LAYOUTS, drawCases, names, save, touch, volumesOf, writeLayout
+from patients import editions, reading, volumes
 
 
 def test_makeFileList_findsSeveralEditionsAtAnyDepth(tmp_path):
@@ -80,6 +80,21 @@ def test_makeFileList_entersALinkedFolderOnceAndTellsOfAClosedOne(tmp_path, monk
     monkeypatch.setattr(os, 'scandir', refuse)
     assert list(patients.makeFileList(tmp_path).index) == ['BraTS2021_00001']
     assert f'{tmp_path / "c"} cannot be listed (Permission denied)' in capsys.readouterr().out
+
+
+def test_hasVoxelsOf_readsAnImageOnceUntilItChanges(writeCase, monkeypatch):
+    """Five members of an ensemble ask five times for the same image; another image of the same name is read anew."""
+    row, calls, real = writeCase(volumesOf(np.ones((3, 8, 9, 10)))), [], reading.voxelChecksums
+    voxels = {'P1': real(row, ['t1ce'])}
+
+    def voxelChecksums(paths, modalities):
+        calls.append(modalities)
+        return real(paths, modalities)
+
+    monkeypatch.setattr(reading, 'voxelChecksums', voxelChecksums)
+    assert [reading.hasVoxelsOf(row, voxels) for _ in range(5)] == [True] * 5 and calls == [['t1ce']]
+    save(np.full((8, 9, 10), 7, np.int16), Path(row['t1ce']))
+    assert not reading.hasVoxelsOf(row, voxels) and len(calls) == 2
 
 
 def test_makeFileList_needsTheEditionOfUnknownNames(tmp_path):

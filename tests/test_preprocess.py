@@ -16,10 +16,11 @@ import torch
 import torchio as tio
 
 import config
+import patients
 import preprocess
 import provenance
 import transforms
-from conftest import PATCHES, volumesOf
+from conftest import PATCHES, save, volumesOf
 from patients import editions, reading
 
 ORIGINS = ('slice', 'row', 'column')
@@ -321,6 +322,25 @@ def test_makeDataset_leavesOutAPatientWhoseFilesCannotBeOpened(writeCase, tmp_pa
     with pytest.raises(ValueError, match=r'P2: .*Permission denied'):
         preprocess.makeDataset(df, tmp_path / 'a.h5')
     assert (tmp_path / 'a.h5').read_bytes() == content
+
+
+def test_makeDataset_cutsAnewWhenTheChannelsOfAnEditionWereMixedUp(tmp_path, capsys):
+    """The files stay the same, but another of their volumes is T1ce now."""
+    image, label = np.random.default_rng(0).integers(1, 900, (20, 20, 6, 2), np.int16), np.ones((20, 20, 6), np.uint8)
+    save(image, tmp_path / 'case1_images.nii.gz')
+    save(label, tmp_path / 'case1_mask.nii.gz')
+    config.MODALITIES, config.NO_CLASSES = ('t1ce', 'flair'), 2
+    suffixes, classes = {'images': ('t1ce', 'flair'), 'mask': ('seg',)}, {0: 0, 1: 1}
+    first = []
+    for channels in ({'t1ce': 0, 'flair': 1}, {'t1ce': 1, 'flair': 0}):
+        config.OWN_EDITIONS = {'Clinic': editions.Edition(r'case\d', suffixes, classes, channels=channels)}
+        preprocess.makeDataset(patients.makeFileList(tmp_path), tmp_path / 'a.h5')
+        with h5py.File(tmp_path / 'a.h5') as file:
+            first.append(file['image'][0])
+    assert (
+        'a.h5 is replaced: the channels of 4-D files in each edition of config.OWN_EDITIONS' in capsys.readouterr().out
+    )
+    np.testing.assert_array_equal(first[0], first[1][::-1])
 
 
 def test_makeDataset_cutsTheSameInOtherProcesses(writeCase, tmp_path):
