@@ -58,10 +58,10 @@ def describe(df, transform=None):
     Returns:
         dict of plain values with the keys of `SETTINGS`: `modalities` in order, `classes` (names), `patchSize`,
         `planes`, `stretching` ([percentiles, range]), `editions` (name -> [label, class] pairs), `channels` (name ->
-        modality -> index, where `config.OWN_EDITIONS` has 4-D files), `patchStride`,
-        `sliceStep` ([step, seed], or None if every slice is cut), `randomStarts` (the seed, or None) and `background`
-        ([fraction, seed], or None; fraction None: it follows the data). `preprocess.makeDataset` adds what it finds in
-        the data: `share` (the fraction) and `spacing` (the median voxel size in mm along (D, W, H)).
+        modality -> index, where `config.OWN_EDITIONS` has 4-D files), `patchStride`, `sliceStep` ([step, seed], or None
+        if every slice is cut), `randomStarts` (the seed, or None) and `background` ([fraction, seed], or None; fraction
+        None: it follows the data). `preprocess.makeDataset` adds what it finds in the data: `share` (the fraction) and
+        `spacing` (the median voxel size in mm along (D, W, H)).
 
     Raises:
         ValueError: an edition has other classes than `config`.

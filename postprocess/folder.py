@@ -186,6 +186,17 @@ class _GrowingTable:
         self.write()
 
 
+def trainedIn(made, df):
+    """Return the ids (text) of those patients of a file list that the networks of a folder were trained on.
+
+    Args:
+        made: `prediction` of the folder's `settings.json`, which names them, or has the checksums of their voxels.
+        df: file list.
+    """
+    known, named = haveVoxelsOf(df, made.get('voxels')), made.get('trainedOn') or ()
+    return [each for each, isKnown in zip(df.index.astype(str), known, strict=True) if isKnown or each in named]
+
+
 def _trainedOn(model, trained):
     """Return the ids in order; None if there is none and it is not known whom a member was trained on."""
     return sorted(trained) or ([] if all(provenanceOf(member) for member in membersOf(model)) else None)
@@ -317,8 +328,7 @@ def scoreFolder(df, folder, rules=None, challenges=None):
     rows = {patient: paths for patient, paths in df.iterrows() if hasFile(paths, 'seg')}
     if len(rows) < len(df):
         print(f'{len(df) - len(rows)} of {len(df)} patients have no true segmentation and are not scored.')
-    isKnown = dict(zip(rows, haveVoxelsOf(df.loc[list(rows)], about.get('voxels')), strict=True))
-    trained = [str(each) for each in rows if isKnown[each] or str(each) in (about.get('trainedOn') or ())]
+    trained = trainedIn(about, df.loc[list(rows)])
     rows = {patient: paths for patient, paths in rows.items() if str(patient) not in trained}
     if trained:
         print(f'Not scored, because the model was trained on them: {", ".join(trained)}.')

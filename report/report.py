@@ -19,13 +19,13 @@ import config
 import metrics
 import pictures
 from atomic import writeAtomically
-from patients.cohort import haveVoxelsOf, readGrades
+from patients.cohort import readGrades
 from patients.editions import withoutTime
 from patients.parallel import forEachPatient
 from patients.reading import COLUMNS, makeFileList
 from pictures.figure import classColors, classNames
 from pictures.slices import ERRORS, REGION_NAMES, SIDES
-from postprocess.folder import readSettings
+from postprocess.folder import readSettings, trainedIn
 from report.followup import compareScans, plotScans
 from report.review import WARNINGS, describeCase, editionOf, readQuality, tabulate
 from report.sprites import VOXEL
@@ -61,9 +61,7 @@ def writeReport(folder, dataframe=None, file=None):
     place, upload = _placesOf(folder)
     df, numOthers = _listCases(upload, dataframe)
     quality, made = readQuality(place), readSettings(folder).get('prediction', {})
-    known = zip(df.index.astype(str), haveVoxelsOf(df, made.get('voxels')), strict=True)
-    trained = {*(made.get('trainedOn') or ()), *(patient for patient, isKnown in known if isKnown)}
-    work = functools.partial(describeCase, upload, quality, trained)
+    work = functools.partial(describeCase, upload, quality, set(trainedIn(made, df)))
     cases = list(forEachPatient(work, df, 'report'))
     cases.sort(key=_urgencyOf)
     numCut = sum(case['packed'] is not None for case in cases[_MOST:])
