@@ -158,7 +158,7 @@ def _checkIsNext(epoch, model=None):
         raise ValueError(
             f'{config.LAST_CHECKPOINT} goes on with epoch {checkpoint["nextEpoch"] + 1}, not {epoch + 1}: it is not '
             'written over. Resume with loadCheckpoint in the same cell as the loop; for a new run, set another '
-            'config.OUTPUT_FOLDER or delete the file.'
+            'config.OUTPUT_FOLDER.'
         )
     if model is not None and checkpoint['provenance'] and provenanceOf(model):
         _checkData(config.LAST_CHECKPOINT, checkpoint['provenance'], provenanceOf(model), 'the model')
@@ -222,7 +222,7 @@ def loadCheckpoint(model, optimizer, scheduler, scaler, path, average=None):
             other settings of the training. Or there is no file, and the optimizer has been used already.
     """
     if not Path(path).is_file():
-        _tellFreshStart(path, optimizer)
+        _tellFreshStart(path, model, optimizer)
         return model, optimizer, scheduler, scaler, 0, float('inf'), float('inf'), float('inf')
     checkpoint = readCheckpoint(path)
     _checkSettings(path, checkpoint['settings'], _settings(model))
@@ -270,10 +270,25 @@ def _warnOfEarlyWeights(path, checkpoint):
         )
 
 
-def _tellFreshStart(path, optimizer):
-    """Print that there is no checkpoint; raise a ValueError if the optimizer has been used already."""
+def _tellFreshStart(path, model, optimizer):
+    """Print that there is no checkpoint; raise a ValueError if the optimizer has been used already.
+
+    A warning says if the model is not the one that `config` describes, as after a change of config.
+    """
     if optimizer is not None and optimizer.state:
         raise ValueError(f'No checkpoint at {path}, but the model has been trained already: make the model again.')
+    name, own = type(unwrap(model)).__name__, _settings(model)
+    if optimizer is not None and hasattr(smp, name):
+        with torch.random.fork_rng(devices=[]):
+            expected = buildModel(name, own, len(config.MODALITIES))
+        states = unwrap(model).state_dict(), expected.state_dict()
+        shapes = [{each: value.shape for each, value in state.items()} for state in states]
+        if shapes[0] != shapes[1]:
+            warnings.warn(
+                f'The model is not the {name} with a {config.ENCODER_NAME} that config describes and its checkpoints '
+                'will name: loadModel will not load them. If config was changed, make the model again.',
+                stacklevel=3,
+            )
     print(f'No checkpoint at {path}: {"starting from epoch 1" if optimizer else "the weights stay as they are"}.')
 
 
@@ -354,7 +369,7 @@ def _checkSettings(path, found, expected):
         if found.get(name) != value:
             raise ValueError(
                 f'{path} was made with {name} = {found.get(name)}, this run has {name} = {value}. '
-                'Move the file away, or set another config.OUTPUT_FOLDER.'
+                'Set another config.OUTPUT_FOLDER.'
             )
 
 

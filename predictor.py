@@ -421,7 +421,7 @@ def predictFolder(patients, folder, out):
     """
     network, out, bad = folder if isinstance(folder, Network) else loadFolder(folder), Path(out), {}
     options, about = _optionsOf(network.about['rules']), network.about
-    _writeSettings(out / 'settings.json', about, patients)
+    _writeSettings(out / 'settings.json', about, patients, _checksumOf([about, network.name]))
     patients = {each: _imagesOf(paths, about, each) for each, paths in patients.items()}
     labels = {each: labelsFor(paths, about) for each, paths in patients.items()}
     remarks = _remarksOf(patients, network, labels)
@@ -463,18 +463,27 @@ def _remarksOf(patients, network, labels):
     return {each: remarkOf([own, list(labels[each].items())], paths, names) for each, paths in patients.items()}
 
 
-def _writeSettings(file, about, patients):
-    """Write the rules of a model folder, and whom all its networks were trained on, beside what is there already."""
-    before = json.loads(file.read_text())['prediction'] if file.is_file() else {}
+def _writeSettings(file, about, patients, made):
+    """Write of what model a folder's segmentations are, its rules, and whom all its networks were trained on.
+
+    `made` is a checksum of the model. What is there of other patients stays.
+    """
+    try:
+        before = dict(json.loads(file.read_text())['prediction']) if file.is_file() else {}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{file} is damaged, or of another program. Choose another folder.') from None
     if 'weights' in before:
         raise ValueError(f'{file.parent} holds segmentations of postprocess.predictFolder. Choose another folder.')
-    made = [member['provenance'] for member in about['members']]
-    seen = [{withoutTime(each) for each in (*own['patients'], *own['earlier'])} for own in made]
+    if before.get('made', made) != made:
+        raise ValueError(f'{file.parent} holds segmentations of another model. Choose another folder, or delete it.')
+    origins = [member['provenance'] for member in about['members']]
+    seen = [{withoutTime(each) for each in (*own['patients'], *own['earlier'])} for own in origins]
     trained = {each for each in patients if all(withoutTime(each) in ids for ids in seen)}
-    voxels, *others = [own.get('voxels', {}) for own in made]
+    voxels, *others = [own.get('voxels', {}) for own in origins]
     voxels = {each: sums for each, sums in voxels.items() if all(each in other for other in others)}
     settings = {
-        'rules': about['rules'] or before.get('rules'),
+        'made': made,
+        'rules': about['rules'],
         'trainedOn': sorted(trained.union(before.get('trainedOn', ()))),
         'voxels': before.get('voxels', {}) | voxels,
     }
@@ -517,6 +526,8 @@ def main(arguments=None):
                 [(patient, paths)] = patients.items()
                 if os.path.realpath(given.out) in [os.path.realpath(file) for file in filter(None, paths.values())]:
                     raise ValueError(f'{given.out} is a file of {patient}: name another one to write.')
+                if isCorrected(given.out):
+                    raise ValueError(f'{given.out} is not written over: name another file, or delete it.')
                 paths = _imagesOf(paths, network.about, patient)
                 labels = labelsFor(paths, network.about)
                 [remark] = _remarksOf({patient: paths}, network, {patient: labels}).values()
@@ -526,7 +537,8 @@ def main(arguments=None):
             else:
                 bad = predictFolder(patients, network, given.out)
     except (ValueError, OSError, UserWarning, ImportError) as error:
-        parser.exit(1, f'{error}\n')
+        advice = ': pip install numpy nibabel onnxruntime' if isinstance(error, ImportError) else ''
+        parser.exit(1, f'{error}{advice}\n')
     if bad:
         parser.exit(1, f'{len(bad)} of {len(patients)} patients are not segmented: {", ".join(bad)}.\n')
     names, kind = network.about['classes'], '8-bit integers' if network.name == INT8 else 'float32'

@@ -80,7 +80,8 @@ def makeDataset(dataframe, filename, transform=None, part=None):
     if part is not None:
         dataframe, own = _takeShard(dataframe, part)
         filename, provenance = partFile(filename, part), provenance | own
-    numPatches = _countIfCurrent(filename, provenance, dataframe, known)
+    isOfRun = str(filename) in (config.TRAIN_FILE, config.VAL_FILE) and Path(config.LAST_CHECKPOINT).exists()
+    numPatches = _countIfCurrent(filename, provenance, dataframe, known, isOfRun)
     if numPatches is not None:
         print(f'{filename} exists, with {numPatches} patches of the same patients and settings.')
         return numPatches
@@ -154,10 +155,11 @@ def partFile(filename, part):
     return str(path.with_name(f'{path.stem}.{part[0]}of{part[1]}{path.suffix}'))
 
 
-def _countIfCurrent(filename, provenance, dataframe, known):
+def _countIfCurrent(filename, provenance, dataframe, known, isOfRun):
     """Return the number of patches of a file with these settings and patients; else None, with a message.
 
-    The checksums that the file holds are added to `known`, for `provenance.checksums`.
+    The checksums that the file holds are added to `known`, for `provenance.checksums`. The patches of a run that has a
+    checkpoint are not replaced: a ValueError says why they would be.
     """
     if not Path(filename).exists():
         return None
@@ -170,6 +172,11 @@ def _countIfCurrent(filename, provenance, dataframe, known):
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         print(f'{filename} is damaged, or of another version ({error}), and is replaced.')
         return None
+    if reasons and isOfRun and provenance['settings']['stretching'] is not None:  # known again only then
+        raise ValueError(
+            f'{filename} is part of the run of {config.LAST_CHECKPOINT} and is not replaced, although '
+            f'{"; ".join(reasons)}. Set another config.OUTPUT_FOLDER.'
+        )
     if reasons:
         print(f'{filename} is replaced: {"; ".join(reasons)}.')
         return None

@@ -165,30 +165,38 @@ def trainMembers(df, members, devices=None):
     for member, (name, values) in zip(members, list(jobs.items()), strict=True):
         isFold = 'fold' in member
         jobs[name] = values, (cohort.splitFolds(df, member['of'])[member['fold']][0], None) if isFold else sets[:2]
-    _runAll(trainModel, jobs, devices, 'members')
+    _raiseFailed(_runAll(trainModel, jobs, devices), len(jobs), 'members')
     return [_resultOf(values) for values, _ in jobs.values()]
 
 
-def _runAll(work, jobs, devices, what):
-    """Run jobs on the devices; raise a RuntimeError that names those that failed, when all others are complete.
+def _runAll(work, jobs, devices):
+    """Run jobs on the devices; return name -> error text of those that failed.
 
     Args:
         work: function of a module that is called as `work(*arguments, tell)`, under the values of a job.
         jobs: dict of name -> (values of `config`, arguments).
         devices: as in `trainMembers`.
-        what: what the jobs are called in the message.
     """
-    if devices is None:
-        isMany = config.DEVICE == 'cuda' and torch.cuda.device_count() > 1
-        devices = [f'cuda:{number}' for number in range(torch.cuda.device_count())] if isMany else [config.DEVICE]
-    run = _runHere if len(devices) == 1 else _runOnDevices
-    failed = run(work, jobs, list(devices))
+    devices = _findDevices(devices)
+    return (_runHere if len(devices) == 1 else _runOnDevices)(work, jobs, devices)
+
+
+def _raiseFailed(failed, numJobs, what):
+    """Raise a RuntimeError that names the jobs that failed, if there are any; `what` they are called."""
     if failed:
         reasons = '\n'.join(f'{name}: {reason}' for name, reason in failed.items())
         raise RuntimeError(
-            f'{len(failed)} of {len(jobs)} {what} failed; the others are complete. Call again to resume those that '
+            f'{len(failed)} of {numJobs} {what} failed; the others are complete. Call again to resume those that '
             f'failed.\n{reasons}'
         )
+
+
+def _findDevices(devices):
+    """Return the names of the devices to train on, a list; None: all GPUs if `config.DEVICE` is 'cuda'."""
+    if devices is None:
+        isMany = config.DEVICE == 'cuda' and torch.cuda.device_count() > 1
+        devices = [f'cuda:{number}' for number in range(torch.cuda.device_count())] if isMany else [config.DEVICE]
+    return list(devices)
 
 
 def _resultOf(values):
@@ -275,7 +283,7 @@ def _runLogged(work, arguments, tell):
     """Run one job, and append its output to `log.txt` in its folder."""
     file = Path(config.OUTPUT_FOLDER, 'log.txt')
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, 'a', buffering=1) as log, contextlib.redirect_stdout(log):
+    with open(file, 'a', buffering=1, encoding='utf-8') as log, contextlib.redirect_stdout(log):
         try:
             work(*arguments, lambda text: (print(text), tell(text)))
         except Exception:
@@ -435,7 +443,9 @@ def scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devic
     """
     if steps is not None and minutes is not None:
         raise ValueError('Both steps and minutes were given; one of them was expected.')
-    length = {'STEPS': steps} if steps else {'STEPS': None, 'EPOCHS': 10**6} if minutes else {}
+    if not (isinstance(recipes, dict) and recipes and len(sizes) and seeds > 0):
+        raise ValueError('A dict of recipes, at least one size, and at least one seed were expected.')
+    length = {'STEPS': steps, 'EPOCHS': 10**6} if steps or minutes else {}  # EPOCHS follows from the steps or minutes
     for name, recipe in recipes.items():
         checkNames(recipe)
         if fixed := sorted({'DEVICE', 'OUTPUT_FOLDER', 'TIME_BUDGET', 'SEED', *_OWN} & recipe.keys()):
@@ -443,7 +453,7 @@ def scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devic
     values = {name: _configWith({**recipe, **length}) for name, recipe in recipes.items()}
     folders = {name: output / _nameOf({'recipe': name}) for name in recipes}
     for (one, its), (other, own) in itertools.combinations(values.items(), 2):
-        if its == own or folders[one] == folders[other]:
+        if _asText(its) == _asText(own) or folders[one] == folders[other]:
             raise ValueError(f'The recipes {one} and {other} are alike, or have nearly the same name.')
         if its['NO_CLASSES'] != own['NO_CLASSES']:
             raise ValueError(f'The recipes {one} and {other} have other classes: their scores cannot be compared.')
@@ -460,9 +470,7 @@ def scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devic
             if seen := cohort.seenByStart(df):
                 raise ValueError(f'{name}: config.START was trained on {", ".join(seen[:5])}, who are to be tested on.')
             rest = {str(patient): checksums(paths, known) for patient, paths in df.sort_index().iterrows()}
-            _tryRecipe(name)
-            # offline, the encoder would begin otherwise than in the trainings before
-            hasWeights = bool(config.ENCODER_WEIGHTS and (engine.findImageNet() or engine.availableWeights()))
+            hasWeights = _tryRecipe(name)  # offline, the encoder would begin otherwise than in the trainings before
             start = config.START and (modelFolder(config.START) / 'config.json').read_text()  # with sums of its files
         rest = {'folds': f'{folds}, of each seed', 'minutes': minutes, 'patients': rest}
         rest['the weights of START'] = start and zlib.crc32(start.encode())
@@ -471,20 +479,32 @@ def scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devic
             rest['the device'] = torch.cuda.get_device_name() if isGpu else config.DEVICE
         rest['whether ENCODER_WEIGHTS can be loaded'] = hasWeights
         checkRecipe(folders[name], {**values[name], **rest})
-    rows = []
-    for seed, its in tqdm(sets.items(), unit='seed'):
-        jobs = {}
+        if not hasWeights:  # another attempt takes half a minute of each training
+            values[name]['ENCODER_WEIGHTS'] = None
+    jobs, isAlone, failed, longest = {}, len(_findDevices(devices)) == 1, {}, 0
+    for seed, its in sets.items():
         for (fold, (traindf, testdf)), size, name in itertools.product(enumerate(its), sizes, recipes):
             order = np.random.default_rng([seed, fold]).permutation(len(traindf))
             traindf = traindf.iloc[sorted(order[:size])]
             place = {'recipe': name, 'patients': len(traindf), 'fold': fold, 'seed': seed}
             folder = folders[name] / _nameOf(place)
             own = {**values[name], 'SEED': seedOf(fold, seed), 'OUTPUT_FOLDER': str(folder)}
-            jobs[folder.name] = place, own, (traindf, testdf, minutes)
-        _runSeed({name: job[1:] for name, job in jobs.items()}, output / 'patches', devices)
-        for place, own, _ in jobs.values():
-            scores = pd.read_csv(Path(own['OUTPUT_FOLDER'], 'scores.csv'), dtype={'patient': str})
-            rows.append(scores.assign(**place))
+            # on one device the patches of one fold are on the disk at a time
+            part = jobs.setdefault((seed, fold if isAlone else None), {})
+            part[folder.name] = place, own, (traindf, testdf, minutes)
+    for number, part in enumerate(tqdm(jobs.values(), unit='fold' if isAlone else 'seed')):
+        begin = engine.hoursUsed()
+        if longest and config.TIME_BUDGET is not None and begin + longest > config.TIME_BUDGET:
+            text = f'{number} of {len(jobs)} parts of the comparison are trained, and the next one would not end'
+            raise RuntimeError(f'{text} within the {config.TIME_BUDGET} hours of config.TIME_BUDGET: call again later.')
+        failed |= _runPart({name: job[1:] for name, job in part.items()}, output / 'patches', devices)
+        longest = max(longest, engine.hoursUsed() - begin)
+    _raiseFailed(failed, sum(map(len, jobs.values())), 'trainings')
+    rows = [
+        pd.read_csv(Path(own['OUTPUT_FOLDER'], 'scores.csv'), dtype={'patient': str}).assign(**place)
+        for part in jobs.values()
+        for place, own, _ in part.values()
+    ]
     scores = pd.concat(rows, ignore_index=True)
     return scores.assign(subject=scores['patient'].map(cohort.findSubjects(df).rename(index=str)))
 
@@ -498,13 +518,25 @@ def seedOf(fold, seed):
 
 
 def _tryRecipe(name):
-    """Make what the recipe of `config` trains, as far as it needs no patients; raise a ValueError if it cannot be."""
+    """Make what the recipe of `config` trains, as far as it needs no patients; raise a ValueError if it cannot be.
+
+    Return whether `config.ENCODER_WEIGHTS` can be loaded.
+    """
     try:
-        model, _ = engine.makeModel(), engine.makeCriterion()
+        hasWeights = bool(config.ENCODER_WEIGHTS and (engine.findImageNet() or engine.availableWeights()))
+        if not hasWeights:
+            config.ENCODER_WEIGHTS = None
+        model, *_ = engine.makeModel(), engine.makeCriterion(), makeTransforms()
         deploy.startFrom(model)
         engine.makeScheduler(torch.optim.Adam(model.parameters()), 1)
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(f'The recipe {name} cannot be trained: {error}') from error
+    return hasWeights
+
+
+def _asText(values):
+    """Return the numbers of a recipe as text, so that those that are written alike are equal."""
+    return json.dumps(values, sort_keys=True, default=str)
 
 
 def checkRecipe(folder, values):
@@ -523,8 +555,11 @@ def checkRecipe(folder, values):
         temporary.write_text(json.dumps(own, indent=1))
 
 
-def _runSeed(jobs, folder, devices):
-    """Run the trainings of one seed that have no scores yet; patches are cut before, and deleted at the end."""
+def _runPart(jobs, folder, devices):
+    """Run the trainings of a fold or seed that have no scores yet; return name -> error text of those that failed.
+
+    Patches are cut before, and deleted at the end.
+    """
     left = {name: job for name, job in jobs.items() if not Path(job[0]['OUTPUT_FOLDER'], 'scores.csv').exists()}
     seconds = {}
     for name, (values, arguments) in left.items():
@@ -537,8 +572,9 @@ def _runSeed(jobs, folder, devices):
             used = np.nan if isThere else (time.monotonic() - begin) / len(traindf)
         left[name] = values, (*arguments, seconds.setdefault(file, used))
     with configured({'TIME_BUDGET': None}):  # a short session must not shorten some of the trainings
-        _runAll(_trainAndScore, left, devices, 'trainings')
+        failed = _runAll(_trainAndScore, left, devices)
     shutil.rmtree(folder, ignore_errors=True)
+    return failed
 
 
 def _trainAndScore(traindf, testdf, minutes, preparation, tell):
@@ -550,9 +586,9 @@ def _trainAndScore(traindf, testdf, minutes, preparation, tell):
         Path(config.LAST_CHECKPOINT).unlink(missing_ok=True)  # a stopped training would get its minutes twice
         spare = engine.TIME_LEFT if config.SCHEDULE == 'poly' else 0  # which it leaves for a validation
         config.TIME_BUDGET = engine.hoursUsed() + minutes / 60 / (1 - spare)
-    begin = time.monotonic()
+    isNew, begin = not Path(config.LAST_CHECKPOINT).exists(), time.monotonic()
     result = trainModel(traindf, None, tell)
-    seconds = time.monotonic() - begin
+    seconds = round(time.monotonic() - begin) if isNew else np.nan  # those before it was stopped are unknown
     if minutes is not None and not Path(config.LAST_CHECKPOINT).exists():
         raise ValueError(f'{minutes} minutes were over before the first batch: give more minutes.')
     last = checkpoints.readCheckpoint(config.LAST_CHECKPOINT)
@@ -563,7 +599,7 @@ def _trainAndScore(traindf, testdf, minutes, preparation, tell):
     table = scorePatients(testdf, checkpoints.loadModel(result))
     table = table.loc[table['region'].isin(config.MAIN_REGIONS), ['patient', 'region', 'dice', 'hd95']]
     with writeAtomically(Path(config.OUTPUT_FOLDER, 'scores.csv')) as temporary:
-        spent = {'steps': numSteps, 'seconds': round(seconds), 'preparation': preparation}
+        spent = {'steps': numSteps, 'seconds': seconds, 'preparation': preparation}
         table.assign(epochs=len(checkpoints.readHistory()), **spent).to_csv(temporary, index=False)
     for file in {config.LAST_CHECKPOINT, config.BEST_CHECKPOINT}:  # of many trainings they would fill the disk
         Path(file).unlink(missing_ok=True)
@@ -596,7 +632,7 @@ def readArguments(arguments):
     A value is a Python literal. A text without quotes is accepted where `config` has a text or None.
 
     Raises:
-        ValueError: a text is not NAME=value, the name is unknown, or the value cannot be read.
+        ValueError: a text is not NAME=value, the name is unknown, or the value cannot be read or is no number.
     """
     values = {}
     for argument in arguments:
@@ -610,6 +646,9 @@ def readArguments(arguments):
             if not isinstance(getattr(config, name), (str, type(None))):
                 raise ValueError(f'{argument}: {text!r} is not a Python literal.') from None
             values[name] = text
+        isNumber = isinstance(getattr(config, name), (int, float)) or name in ('STEPS', 'TIME_BUDGET')
+        if isNumber and not isinstance(values[name], (int, float, type(None))):
+            raise ValueError(f'{argument}: a number was expected.')
     return values
 
 

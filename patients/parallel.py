@@ -23,6 +23,8 @@ def withSegmentation(df, purpose):
     Raises:
         ValueError: no patient has a segmentation.
     """
+    if df.empty:
+        raise ValueError(f'There is no patient for {purpose}.')
     isSegmented = df['seg'].notna()
     if not isSegmented.any():
         raise ValueError(f'None of the {len(df)} patients has a segmentation: nothing is left for {purpose}.')

@@ -3,6 +3,7 @@
 import os
 import re
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -281,25 +282,24 @@ _voxelsRead = {}  # (file, modality, size, time) -> `voxelChecksums` of it, as e
 def hasVoxelsOf(paths, voxels):
     """Return whether a patient has an image with the voxels of a training, whatever its name and header.
 
-    An image is read once in a process, unless its size or time changes.
+    One of the modalities is enough: another one may be missing or changed. An image is read once in a process, unless
+    its size or time changes.
 
     Args:
         paths: one row of the file list.
-        voxels: dict of id -> `voxelChecksums`. The first modality that both have is compared; if it is empty, nothing
-            is read.
+        voxels: dict of id -> `voxelChecksums`; if it is empty, nothing is read.
     """
-    names = {name for sums in voxels.values() for name in sums}
-    first = next((name for name in COLUMNS if name in names and hasFile(paths, name)), None)
-    if first is None:
-        return False
-    try:
-        state = os.stat(paths[first])
-        key = str(paths[first]), first, state.st_size, state.st_mtime_ns
-        if key not in _voxelsRead:
-            _voxelsRead[key] = voxelChecksums(paths, [first]).get(first)
-    except (ValueError, OSError):  # told when the patient is read for its own sake
-        return False
-    return _voxelsRead[key] is not None and any(sums.get(first) == _voxelsRead[key] for sums in voxels.values())
+    for name in COLUMNS:
+        known = {sums[name] for sums in voxels.values() if name in sums}
+        if known and hasFile(paths, name):
+            with suppress(ValueError, OSError):  # told when the patient is read for its own sake
+                state = os.stat(paths[name])
+                key = str(paths[name]), name, state.st_size, state.st_mtime_ns
+                if key not in _voxelsRead:
+                    _voxelsRead[key] = voxelChecksums(paths, [name]).get(name)
+                if _voxelsRead[key] in known:
+                    return True
+    return False
 
 
 def readLabel(paths):

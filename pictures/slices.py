@@ -167,7 +167,7 @@ def plotPlanes(paths):
 
 
 def _readModalities(paths):
-    """Return the volumes (W, H, D) of all modalities that a patient has, by name, and the label (W, H, D) or None."""
+    """Return the volumes (W, H, D) of the modalities that a patient has, by name, and the label (W, H, D) or None."""
     image, label = readCase(paths)
     volumes = dict(zip(config.MODALITIES, image, strict=True))
     try:
@@ -177,13 +177,17 @@ def _readModalities(paths):
     names = [name for name in COLUMNS if name in CAPTIONS and hasFile(paths, name)]
     for name in names:
         if name not in volumes:
-            volumes[name], _ = readVolume(paths[name], patientOf(paths), channels.get(name))
-            if volumes[name].shape != image.shape[1:]:
-                raise ValueError(
-                    f'{patientOf(paths)}: {paths[name]} has {volumes[name].shape} voxels; '
-                    f'{image.shape[1:]} were expected, as in {config.MODALITIES[0]}.'
-                )
-    return {name: volumes[name] for name in names}, label
+            try:  # nothing else reads it, so it stops nothing
+                volume, _ = readVolume(paths[name], patientOf(paths), channels.get(name))
+            except (ValueError, FileNotFoundError) as error:
+                print(error)
+                continue
+            if volume.shape == image.shape[1:]:
+                volumes[name] = volume
+            else:
+                text = f'{paths[name]} has {volume.shape} voxels, {config.MODALITIES[0]} has {image.shape[1:]}'
+                print(f'{patientOf(paths)}: {text}. It is not shown.')
+    return {name: volumes[name] for name in names if name in volumes}, label
 
 
 def _sliceOfClasses(label, brain):

@@ -197,6 +197,16 @@ def test_scorePatient_scoresTheCavityAsARegion():
     assert (metrics.scoreLesions(y, yhat)['dice'] == 1).all()  # 2023 has no cavity
 
 
+def test_plotModalities_leavesOutWhatOnlyItWouldRead(mixed, tmp_path, capsys):
+    """A modality that the model does not use, and that cannot be read, stops no notebook."""
+    paths, config.MODALITIES = mixed.loc[AFTER].copy(), ('t1ce', 't2', 'flair')
+    paths['t1'] = str(tmp_path / paths['t1'].rpartition('/')[2])
+    (tmp_path / paths['t1']).write_bytes(b'broken')
+    titles = [panel.get_title() for panel in pictures.plotModalities(paths).axes]
+    assert not any('T1,' in title or title == 'T1' for title in titles)
+    assert paths['t1'] in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('numClasses', [2, 5])
 def test_pictures_drawEveryClass(mixed, tmp_path, numClasses):
     """Each figure has all classes in its legend: the cavity as the fifth, or tumor alone; GIFs are written."""

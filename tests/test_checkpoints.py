@@ -450,6 +450,21 @@ def test_loadCheckpoint_startsFromZeroWithoutAFile(tmp_path, capsys):
     assert 'starting from epoch 1' in capsys.readouterr().out
 
 
+def test_loadCheckpoint_warnsOfAModelThatIsNotTheOneOfConfig(tmp_path):
+    """After a change of config the model has to be made again, or its checkpoints could not be loaded."""
+    vars(config).update(ENCODER_NAME='resnet18', ENCODER_DEPTH=3, DECODER_CHANNELS=(16, 8, 8), ENCODER_WEIGHTS=None)
+    model, scaler = engine.makeModel(), torch.amp.GradScaler('cuda', enabled=False)
+    optimizer = torch.optim.SGD(model.parameters(), 1)
+    state, file = torch.random.get_rng_state(), str(tmp_path / 'none.pt')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        checkpoints.loadCheckpoint(model, optimizer, None, scaler, file)
+    config.DECODER_CHANNELS = (16, 8, 16)
+    with pytest.warns(UserWarning, match='is not the Unet with a resnet18 that config describes'):
+        checkpoints.loadCheckpoint(model, optimizer, None, scaler, file)
+    assert torch.random.get_rng_state().equal(state)
+
+
 def test_loadCheckpoint_enablesAScalerThatWasDisabled():
     """A checkpoint made with a disabled scaler, as on the CPU, loads into an enabled one, whose scale stays."""
     model, optimizer, scheduler, scaler = makeRun()

@@ -43,7 +43,7 @@ def test_compare_trainsEachRecipeInEachFoldWithEachSeed(df, tmp_path, monkeypatc
     monkeypatch.setattr(train, 'trainModel', trainModel)
     before = dict(vars(config))
     options = {'folds': 2, 'seeds': 2, 'steps': 3, 'output': tmp_path / 'out'}
-    with pytest.raises(RuntimeError, match=r'1 of 4 trainings failed; the others are complete(.|\n)*the disk is full'):
+    with pytest.raises(RuntimeError, match=r'1 of 8 trainings failed; the others are complete(.|\n)*the disk is full'):
         train.compare(df, recipes, **options)
     table = train.compare(df, recipes, **options)
     assert vars(config) == before
@@ -89,6 +89,10 @@ def test_learningCurve_trainsOnNestedSets(df, tmp_path, monkeypatch):
     [
         ({'a': {}}, {}, '1 recipes were given; two or more'),
         ({'a': {}, 'b': {'EPOCHS': 20}}, {}, 'The recipes a and b are alike'),
+        ({'a': {}, 'b': {'EPOCHS': 7}}, {'steps': 3}, 'The recipes a and b are alike'),  # the steps decide
+        ({'a': {}, 'b': {'MODALITIES': ['t1ce', 't2', 'flair']}}, {}, 'The recipes a and b are alike'),
+        ({'a': {}, 'b': {'NOISE_STD': -1}}, {}, 'The recipe b cannot be trained: '),
+        ({'a': {}, 'b': {'LEARN_RATE': 1e-5}}, {'seeds': 0}, 'at least one seed were expected'),
         ({'a': {}, 'b': {'LEARNRATE': 1}}, {}, 'config has no LEARNRATE; the nearest names are LEARN_RATE'),
         ({'a': {}, 'b': {'SEED': 1}}, {}, 'The recipe b sets SEED'),
         ({'a': {}, 'b': {'LEARN_RATE': 1e-5}}, {'folds': 5}, 'k is 5; 2 to 4'),
@@ -128,6 +132,30 @@ def test_compare_endsWithTheMinutes(df, tmp_path, monkeypatch):
     assert (pd.read_csv(out / 'scores.csv')['epochs'] > 1).all() and log.read_text().count('epoch   1 of') == 2
 
 
+def test_compare_endsBeforeTheTimeDoesAndGoesOn(df, tmp_path, monkeypatch):
+    """A part that would not end within the time budget is left for the next call; it shortens no training."""
+    clock, counts, run, tried = itertools.count(), [], train._runPart, []
+    monkeypatch.setattr(engine, 'availableWeights', lambda: tried.append(config.ENCODER_WEIGHTS))
+
+    def runPart(jobs, folder, devices):
+        left = run(jobs, folder, devices)
+        counts.append(len(list((tmp_path / 'out').glob('*/*/scores.csv'))))
+        assert not folder.exists()  # the patches of a fold make room for those of the next one
+        return left
+
+    monkeypatch.setattr(train, '_runPart', runPart)
+    monkeypatch.setattr(engine, 'hoursUsed', lambda: next(clock))
+    recipes = {'rate': {}, 'slow': {'LEARN_RATE': 1e-5}}
+    options = {'folds': 2, 'seeds': 1, 'steps': 2, 'output': tmp_path / 'out'}
+    config.TIME_BUDGET, config.ENCODER_WEIGHTS = 2.5, 'imagenet'  # each look at the clock takes an hour
+    with pytest.raises(RuntimeError, match=r'1 of 2 parts .* within the 2\.5 hours of config\.TIME_BUDGET'):
+        train.compare(df, recipes, **options)
+    config.TIME_BUDGET = 99
+    assert len(train.compare(df, recipes, **options)) == 2 and counts == [2, 2, 4]
+    # that they cannot be loaded is found once for each recipe and call, and not in each training again
+    assert [each for each in tried if each] == ['imagenet'] * 4
+
+
 def test_trainAndScore_tellsOfLessThanAnEpochAndScores(df, tmp_path, monkeypatch):
     """Minutes for fewer batches than an epoch has are told, and what was trained is scored; none is an error."""
     told, clock = [], itertools.count()
@@ -153,7 +181,7 @@ def test_compare_refusesOtherWeightsOfTheSameName(df, tmp_path, monkeypatch):
     def stop(*arguments):
         raise InterruptedError
 
-    monkeypatch.setattr(train, '_runSeed', stop)
+    monkeypatch.setattr(train, '_runPart', stop)
     for _ in range(2):
         with pytest.raises(InterruptedError):
             train.compare(df[1:], recipes, **options)

@@ -509,6 +509,26 @@ def test_predictFolder_ofThePredictorTellsWhomTheNetworksKnow(tmp_path, capsys):
         predictor.predictFolder(df.to_dict('index'), folder, tmp_path / 'torch')
 
 
+def test_main_writesOverNothingThatItDidNotMake(tmp_path, paths, capsys):
+    """Not over a truth or a correction, nor among the segmentations of another model or the settings of a program."""
+    folder, other = (exportModel(tmp_path / f'{seed}', writeCheckpoint(f'{seed}.pt', seed=seed)) for seed in (0, 1))
+    named, out = [f'{name}={paths[name]}' for name in config.MODALITIES], tmp_path / 'out'
+    before = Path(paths['seg']).read_bytes()
+    with pytest.raises(SystemExit):
+        predictor.main([folder, *named, paths['seg']])
+    assert 'is not written over: name another file' in capsys.readouterr().err
+    assert Path(paths['seg']).read_bytes() == before
+    for network in (folder, other):  # what it made itself
+        predictor.main([network, *named, str(tmp_path / 'a.nii.gz')])
+    predictor.predictFolder({'a': dict(paths)}, folder, out)
+    with pytest.raises(ValueError, match='out holds segmentations of another model'):
+        predictor.predictFolder({'b': dict(paths)}, other, out)
+    for text in ('{"editor.fontSize": 12}', '[1]', '{"pred'):
+        (out / 'settings.json').write_text(text)
+        with pytest.raises(ValueError, match=r'settings\.json is damaged, or of another program'):
+            predictor.predictFolder({'a': dict(paths)}, folder, out)
+
+
 def test_main_refusesAnotherPlaceToWrite(tmp_path, paths, capsys):
     """Two patients need a folder, named files a file, and no other format is written."""
     phantom.makeCases(tmp_path / 'two', 2, shape=(40, 44, 20))

@@ -97,6 +97,18 @@ def test_hasVoxelsOf_readsAnImageOnceUntilItChanges(writeCase, monkeypatch):
     assert not reading.hasVoxelsOf(row, voxels) and len(calls) == 2
 
 
+def test_hasVoxelsOf_findsAPatientByAnyModality(writeCase):
+    """The known ones may have other modalities, and one image of a patient may be changed or empty."""
+    row = writeCase(volumesOf(np.arange(1, 2161, dtype=np.float32).reshape(3, 8, 9, 10)))
+    voxels = {'another': {'t1ce': '00000000'}, 'P1': reading.voxelChecksums(row, ['t2', 'flair'])}
+    assert reading.hasVoxelsOf(row, voxels)
+    for value in (0, 7):  # the first of both
+        save(np.full((8, 9, 10), value, np.int16), Path(row['t2']))
+        assert reading.hasVoxelsOf(row, voxels)
+    save(np.full((8, 9, 10), 7, np.int16), Path(row['flair']))
+    assert not reading.hasVoxelsOf(row, voxels)
+
+
 def test_makeFileList_needsTheEditionOfUnknownNames(tmp_path):
     """Names of no known edition need config.EDITION; known ones keep their edition; an unknown edition is refused."""
     touch(tmp_path, *names('BraTS2021_00001'), *names('Smith'))

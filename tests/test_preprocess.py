@@ -370,6 +370,27 @@ def test_makeDataset_replacesAFileOfOtherSettings(writeCase, tmp_path, capsys, n
     assert 'is replaced: ' in capsys.readouterr().out
 
 
+def test_makeDataset_keepsThePatchesOfARun(writeCase, tmp_path):
+    """Patches that a checkpoint was trained on are not replaced after a change of config: its run would be refused."""
+    df, config.OUTPUT_FOLDER = listOf(P1=makePatient(writeCase)[-1]), str(tmp_path)
+    count = preprocess.makeDataset(df, config.TRAIN_FILE)
+    Path(config.LAST_CHECKPOINT).touch()
+    before = Path(config.TRAIN_FILE).read_bytes()
+    config.STRETCH_RANGE = (0, 1)
+    with pytest.raises(ValueError, match=r'train\.h5 is part of the run of .*last\.pt and is not replaced, although '):
+        preprocess.makeDataset(df, config.TRAIN_FILE)
+    assert Path(config.TRAIN_FILE).read_bytes() == before
+    preprocess.makeDataset(df, tmp_path / 'other.h5')
+    config.STRETCH_RANGE = (-1, 1)
+    assert preprocess.makeDataset(df, config.TRAIN_FILE) == count
+
+
+def test_makeDataset_tellsThatNoPatientIsLeft(writeCase, tmp_path):
+    """An empty set, as of one patient that is split, is not called one without segmentations."""
+    with pytest.raises(ValueError, match=r'There is no patient for .*val\.h5'):
+        preprocess.makeDataset(listOf(P1=makePatient(writeCase)[-1])[:0], tmp_path / 'val.h5')
+
+
 def test_makeDataset_replacesAFileOfOtherLabels(writeCase, tmp_path, capsys, monkeypatch):
     """The same files read by another edition's table of labels are cut anew."""
     df = listOf(P1=makePatient(writeCase)[-1])

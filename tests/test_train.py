@@ -226,6 +226,8 @@ def test_readArguments_readsLiterals():
         ('EPOCHS', "'EPOCHS' was given; NAME=value was expected"),
         ('BATCH_SIZE=3', 'config has no BATCH_SIZE; the nearest names are .*BATCHSIZE'),
         ('EPOCHS=many', "EPOCHS=many: 'many' is not a Python literal"),
+        ('EPOCHS=5,000', 'EPOCHS=5,000: a number was expected'),
+        ('STEPS=abc', 'STEPS=abc: a number was expected'),
     ],
 )
 def test_readArguments_refusesOthers(argument, words):
