@@ -551,7 +551,8 @@ def checkRecipe(folder, values):
                 f'{folder} was begun with other numbers: {", ".join(other[:5])}. Name the recipe otherwise, or choose '
                 'another output.'
             )
-    with writeAtomically(file) as temporary:
+    # another process may write the same
+    with contextlib.suppress(BlockingIOError), writeAtomically(file) as temporary:
         temporary.write_text(json.dumps(own, indent=1))
 
 

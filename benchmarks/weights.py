@@ -74,7 +74,7 @@ def main(folder, output, part=None):
     text, fit = testFolds(df, output)
     postprocess.writeFit(fit, folder / 'quality.json')
     card = folder / 'README.md'
-    card.write_text(card.read_text().replace('Not measured.', text))
+    card.write_text(card.read_text(encoding='utf-8').replace('Not measured.', text), encoding='utf-8')
     return folder
 
 

@@ -73,7 +73,7 @@ def writeCard(file, about, checkpoints, df=None, scores=None):
         classes=', '.join(f'{name} ({number})' for number, name in enumerate(about['classes'])),
     )
     with writeAtomically(Path(file)) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding='utf-8')
 
 
 def _describeData(about, trained, df):

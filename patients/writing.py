@@ -173,6 +173,6 @@ def saveLabelNames(labels, stem, names=None, colors=None):
         ('_slicer.ctbl', '# 3D Slicer color table: label, name, red, green, blue, opacity', slicer),
     ):
         file, text = Path(f'{stem}{ending}'), '\n'.join([head, *lines]) + '\n'
-        if not file.is_file() or file.read_text() != text:
+        if not file.is_file() or file.read_text(encoding='utf-8', errors='replace') != text:
             with writeAtomically(file) as temporary:
-                temporary.write_text(text)
+                temporary.write_text(text, encoding='utf-8')
