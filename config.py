@@ -16,8 +16,8 @@ EDITION = None  # such as 'BraTS2020', if the file names do not tell it; None: d
 OWN_EDITIONS = {}  # name -> patients.Edition of a data set of your own, or a dict of its fields, see docs/own_data.md
 MODALITIES = ('t1ce', 't2', 'flair')  # the model's channels, in this order; t1 adds little
 SEED = 0  # of the split, the background patches and the training
-VAL_FRACTION = 0.15  # of the patients with a segmentation; validated on after each epoch; 0: none
-TEST_FRACTION = 0.15  # of the same patients; scored once, at the end; 0: none
+VAL_FRACTION = 0.15  # of the subjects with a segmentation; validated on after each epoch; 0: none
+TEST_FRACTION = 0.15  # of the same subjects; scored once, at the end; 0: none
 
 # Patches. TRAIN_FILE and VAL_FILE lie in OUTPUT_FOLDER.
 PLANES = ('axial', 'coronal', 'sagittal')  # one model learns all; predictions are averaged. Of thick slices only one

@@ -397,7 +397,8 @@ def compare(df, recipes, folds=4, seeds=3, steps=None, minutes=None, output=None
     Raises:
         ValueError: fewer than two recipes, or two alike; a number that `config` does not have; fewer subjects than
             folds; the folder has a recipe of the same name with other numbers or patients; or bad data.
-        RuntimeError: trainings failed; they are named with their errors. The others of their seed are complete.
+        RuntimeError: trainings failed; they are named with their errors. The others are complete. Or the next ones
+            would not end within `config.TIME_BUDGET`.
     """
     if len(recipes) < 2:
         raise ValueError(f'{len(recipes)} recipes were given; two or more were expected.')
