@@ -14,7 +14,7 @@ import torch
 import config
 from atomic import writeAtomically
 from engine import buildModel, hoursUsed
-from provenance import asEarlier, differences, plain, provenanceOf, readProvenance, unwrap
+from provenance import SETTINGS, asEarlier, differences, plain, provenanceOf, readProvenance, unwrap
 from ranks import numRanks
 
 FORMAT = 4  # of a checkpoint; raised when its layout changes
@@ -146,7 +146,11 @@ def makeCheckpoint(
 
 
 def _checkIsNext(epoch, model=None):
-    """Return the last checkpoint or None; raise a ValueError if it is of another run, or `epoch` is not its next."""
+    """Return history and scheduler of the last checkpoint, or None if there is none.
+
+    Raises:
+        ValueError: it is of another run, or `epoch` is not its next.
+    """
     if not Path(config.LAST_CHECKPOINT).exists():
         return None
     try:
@@ -162,7 +166,8 @@ def _checkIsNext(epoch, model=None):
         )
     if model is not None and checkpoint['provenance'] and provenanceOf(model):
         _checkData(config.LAST_CHECKPOINT, checkpoint['provenance'], provenanceOf(model), 'the model')
-    return checkpoint
+    # without the tensors: Windows cannot replace a file that is mapped into memory
+    return {name: checkpoint[name] for name in ('history', 'scheduler')}
 
 
 def loadModel(path):
@@ -385,12 +390,15 @@ def _checkFiles(path, provenance):
             # the file may hold more patients than the loader yields, which `engine.train` compares
             used = {patient: sums for patient, sums in found['patients'].items() if patient in provenance[key]}
             seen = {**provenance, 'patients': provenance[key]}
-            _checkData(path, seen, {**found, 'patients': used}, f'config.{name}, {file}')
+            # a validation may lack editions of the training, or have only thick slices, of which one plane is cut
+            ofBoth = [each for each in SETTINGS if each not in ('editions', 'channels', 'planes', 'sliceStep')]
+            names = SETTINGS if key == 'patients' else ofBoth
+            _checkData(path, seen, {**found, 'patients': used}, f'config.{name}, {file}', names)
 
 
-def _checkData(path, provenance, found, where):
+def _checkData(path, provenance, found, where, names=SETTINGS):
     """Raise a ValueError if the provenance of a checkpoint differs from that of `where`."""
-    if texts := differences(provenance, found):
+    if texts := differences(provenance, found, names):
         raise ValueError(
             f'{path} belongs to a run on other data than {where}: {"; ".join(texts)}. '
             'Set another config.OUTPUT_FOLDER for each run, for example one for each fold.'

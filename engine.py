@@ -465,8 +465,7 @@ def validate(model, criterion, loader, dice=False):
     noteValidation(model, getattr(loader, 'dataset', None))
     model.to(memory_format=torch.channels_last).eval()  # weights converted in inference_mode cannot train
     classes, device = config.NO_CLASSES, _deviceOf(model)
-    patients = _patientsOf(loader) if dice else None
-    numPatients = 1 if patients is None else int(patients.max()) + 1
+    patients, numPatients = _patientsOf(loader) if dice else (None, 1)
     # pixels of each (patient, true class, predicted class)
     counts = torch.zeros(numPatients * classes**2, dtype=torch.int64, device=device)
     numSeen = 0
@@ -488,7 +487,10 @@ def validate(model, criterion, loader, dice=False):
 
 
 def _patientsOf(loader):
-    """Return the index of the patient of each sample, int64 (N,), in the order of the loader; None if not known."""
+    """Return the index of the patient of each sample, int64 (N,), in the order of the loader; None if not known.
+
+    Return the number of patients of the dataset too, which all ranks share; 1 if not known.
+    """
     dataset, batches = getattr(loader, 'dataset', None), getattr(loader, 'batch_sampler', None)
     isOrdered = isinstance(batches, list) or isinstance(getattr(batches, 'sampler', None), SequentialSampler)
     indices = [index for batch in batches for index in batch] if isOrdered else None
@@ -496,7 +498,9 @@ def _patientsOf(loader):
         indices = [dataset.indices[index] for index in indices or ()]
         dataset = dataset.dataset
     numbers = getattr(dataset, 'patientNumbers', None)
-    return None if numbers is None or not indices else torch.from_numpy(numbers.astype('int64'))[indices]
+    if numbers is None or not indices:
+        return None, 1
+    return torch.from_numpy(numbers.astype('int64'))[indices], int(numbers.max()) + 1
 
 
 def _diceOf(counts):

@@ -292,7 +292,9 @@ def noteValidation(model, dataset):
     found, before = ofDataset(dataset), provenanceOf(model)
     if found is None or not before:
         return
-    if before['patients'] and (texts := differences(before, found, INPUT, patients=False)):
+    planes = [set(each['settings']['planes']) for each in (found, before)]
+    names = [name for name in INPUT if name != 'planes' or not planes[0] <= planes[1]]  # of thick slices one is cut
+    if before['patients'] and (texts := differences(before, found, names, patients=False)):
         raise ValueError(f'The validation patches were cut otherwise than those of training: {"; ".join(texts)}.')
     before['validated'] = found['patients']
     warnOfTrained(trainedAmong(model, found['patients']), len(found['patients']))

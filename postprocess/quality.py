@@ -38,7 +38,8 @@ def measureMember(parts):
     own, entropy = mean.max(1).indices, {}
     classes = [part.max(1).indices.to(torch.uint8).cpu().numpy() for part in parts]
     isTumor = own > 0
-    probability, given = mean.movedim(1, -1)[isTumor].double(), own[isTumor]  # (voxels, K), (voxels,)
+    # (voxels, K), (voxels,); copied first: mps has no float64
+    probability, given = mean.movedim(1, -1)[isTumor].cpu().double(), own[isTumor].cpu()
     for region, numbers in config.REGIONS.items():
         isIn = torch.isin(given, torch.tensor(numbers, device=given.device))
         inside = probability[isIn][:, list(numbers)].sum(1).clamp(0, 1)

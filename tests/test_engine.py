@@ -331,7 +331,7 @@ class Fixed(torch.nn.Module):
         return 9.0 * torch.nn.functional.one_hot(x[:, 0].long(), 4).movedim(-1, 1)
 
 
-def test_validate_averagesTheDiceOverPatients(inFloat32):
+def test_validate_averagesTheDiceOverPatients(inFloat32, monkeypatch):
     """Patient a has 2 of 4 + 4 pixels of WT right in two patches, b has none: (4/8 + 1) / 2; shuffled, 4/8 of all."""
 
     class Patches(torch.utils.data.Dataset):
@@ -349,6 +349,12 @@ def test_validate_averagesTheDiceOverPatients(inFloat32):
     loaders.append(torch.utils.data.DataLoader(torch.utils.data.Subset(Patches(), [1, 2]), 1))
     found = [engine.validate(Fixed(), torch.nn.CrossEntropyLoss(), loader, dice=True)[1]['WT'] for loader in loaders]
     assert found == pytest.approx([(0.5 + 1) / 2, 0.5, (0.5 + 1) / 2])
+    counts, ofRank = [], [torch.utils.data.DataLoader(Patches(), batch_sampler=[[index]]) for index in range(3)]
+    monkeypatch.setattr(engine, 'sumOverRanks', lambda count: (counts.append(count), count)[1])
+    for loader in ofRank:  # a rank that has patches of the first patient alone
+        engine.validate(Fixed(), torch.nn.CrossEntropyLoss(), loader, dice=True)
+    counts = [each for each in counts if torch.is_tensor(each) and each.ndim == 3]
+    assert engine._diceOf(sum(counts))['WT'] == pytest.approx((0.5 + 1) / 2)  # the shapes are equal
 
 
 def test_validate_countsTheDiceOfTheRegions(inFloat32):

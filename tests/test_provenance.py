@@ -259,6 +259,18 @@ def test_loadCheckpoint_refusesAnotherValidationSet():
         checkpoints.loadCheckpoint(model, optimizer, None, SCALER, config.LAST_CHECKPOINT)
 
 
+def test_loadCheckpoint_resumesIfTheValidationLacksAnEditionOrAPlane():
+    """A validation without one of the mixed editions, or of thick slices only, is the one that the run began with."""
+    config.PLANES = ('axial', 'coronal')
+    ofOne = {'BraTS2020': [[0, 0], [1, 1], [2, 2], [4, 3]]}
+    model, optimizer = trainOn(makeFile('train.h5', editions={**ofOne, 'BraTS2021': []}, sliceStep=[3, 0]))
+    file = makeFile('val.h5', patients=('P5',), editions=ofOne, planes=['axial'], sliceStep=None)
+    loader = torch.utils.data.DataLoader(utils.BRATSDataset(file), 2)
+    engine.validate(model, torch.nn.CrossEntropyLoss(), loader)
+    save(model, optimizer)
+    assert checkpoints.loadCheckpoint(model, optimizer, None, SCALER, config.LAST_CHECKPOINT)[4] == 1
+
+
 def test_loadCheckpoint_refusesATrainedModelWithoutAFile():
     """In a new folder, a model and optimizer that were trained before are no fresh start."""
     model, optimizer = trainOn(makeFile('train.h5'))
