@@ -282,15 +282,14 @@ def _tellFreshStart(path, model, optimizer):
     """
     if optimizer is not None and optimizer.state:
         raise ValueError(f'No checkpoint at {path}, but the model has been trained already: make the model again.')
-    name, own = type(unwrap(model)).__name__, _settings(model)
-    if optimizer is not None and hasattr(smp, name):
+    if optimizer is not None and type(unwrap(model)) is smp.Unet:
         with torch.random.fork_rng(devices=[]):
-            expected = buildModel(name, own, len(config.MODALITIES))
+            expected = buildModel('Unet', _settings(model), len(config.MODALITIES))
         states = unwrap(model).state_dict(), expected.state_dict()
         shapes = [{each: value.shape for each, value in state.items()} for state in states]
         if shapes[0] != shapes[1]:
             warnings.warn(
-                f'The model is not the {name} with a {config.ENCODER_NAME} that config describes and its checkpoints '
+                f'The model is not the Unet with a {config.ENCODER_NAME} that config describes and its checkpoints '
                 'will name: loadModel will not load them. If config was changed, make the model again.',
                 stacklevel=3,
             )

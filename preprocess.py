@@ -172,7 +172,7 @@ def _countIfCurrent(filename, provenance, dataframe, known, isOfRun):
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         print(f'{filename} is damaged, or of another version ({error}), and is replaced.')
         return None
-    if reasons and isOfRun and provenance['settings']['stretching'] is not None:  # known again only then
+    if reasons and isOfRun and provenance['settings']['stretching'] is not None:  # unlike a transform of one's own
         raise ValueError(
             f'{filename} is part of the run of {config.LAST_CHECKPOINT} and is not replaced, although '
             f'{"; ".join(reasons)}. Set another config.OUTPUT_FOLDER.'
