@@ -474,8 +474,10 @@ def _writeSettings(file, about, patients, made):
         raise ValueError(f'{file} is damaged, or of another program. Choose another folder.') from None
     if 'weights' in before:
         raise ValueError(f'{file.parent} holds segmentations of postprocess.predictFolder. Choose another folder.')
-    if before.get('made', made) != made:
-        raise ValueError(f'{file.parent} holds segmentations of another model. Choose another folder, or delete it.')
+    if before.get('made', made) != made:  # all are made anew, if all are of these patients
+        if {each.name for each in file.parent.glob('*.nii.gz')} - {f'{each}.nii.gz' for each in patients}:
+            raise ValueError(f'{file.parent} holds segmentations of others by another model. Choose another folder.')
+        before = {}
     origins = [member['provenance'] for member in about['members']]
     seen = [{withoutTime(each) for each in (*own['patients'], *own['earlier'])} for own in origins]
     trained = {each for each in patients if all(withoutTime(each) in ids for ids in seen)}

@@ -182,11 +182,12 @@ def _readModalities(paths):
             except (ValueError, FileNotFoundError) as error:
                 print(error)
                 continue
-            if volume.shape == image.shape[1:]:
-                volumes[name] = volume
-            else:
-                text = f'{paths[name]} has {volume.shape} voxels, {config.MODALITIES[0]} has {image.shape[1:]}'
-                print(f'{patientOf(paths)}: {text}. It is not shown.')
+            if volume.shape != image.shape[1:]:
+                raise ValueError(
+                    f'{patientOf(paths)}: {paths[name]} has {volume.shape} voxels; '
+                    f'{image.shape[1:]} were expected, as in {config.MODALITIES[0]}.'
+                )
+            volumes[name] = volume
     return {name: volumes[name] for name in names if name in volumes}, label
 
 

@@ -521,8 +521,9 @@ def test_main_writesOverNothingThatItDidNotMake(tmp_path, paths, capsys):
     for network in (folder, other):  # what it made itself
         predictor.main([network, *named, str(tmp_path / 'a.nii.gz')])
     predictor.predictFolder({'a': dict(paths)}, folder, out)
-    with pytest.raises(ValueError, match='out holds segmentations of another model'):
+    with pytest.raises(ValueError, match='out holds segmentations of others by another model'):
         predictor.predictFolder({'b': dict(paths)}, other, out)
+    predictor.predictFolder({'a': dict(paths)}, other, out)  # in place of the first model's
     for text in ('{"editor.fontSize": 12}', '[1]', '{"pred'):
         (out / 'settings.json').write_text(text)
         with pytest.raises(ValueError, match=r'settings\.json is damaged, or of another program'):
