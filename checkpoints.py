@@ -285,9 +285,9 @@ def _tellFreshStart(path, model, optimizer):
     if optimizer is not None and type(unwrap(model)) is smp.Unet:
         with torch.random.fork_rng(devices=[]):
             expected = buildModel('Unet', _settings(model), len(config.MODALITIES))
-        states = unwrap(model).state_dict(), expected.state_dict()
-        shapes = [{each: value.shape for each, value in state.items()} for state in states]
-        if shapes[0] != shapes[1]:
+        try:
+            _checkWeights(path, unwrap(model).state_dict(), expected.state_dict())
+        except ValueError:
             warnings.warn(
                 f'The model is not the Unet with a {config.ENCODER_NAME} that config describes and its checkpoints '
                 'will name: loadModel will not load them. If config was changed, make the model again.',
@@ -390,8 +390,8 @@ def _checkFiles(path, provenance):
             used = {patient: sums for patient, sums in found['patients'].items() if patient in provenance[key]}
             seen = {**provenance, 'patients': provenance[key]}
             # a validation may lack editions of the training, or have only thick slices, of which one plane is cut
-            ofBoth = [each for each in SETTINGS if each not in ('editions', 'channels', 'planes', 'sliceStep')]
-            names = SETTINGS if key == 'patients' else ofBoth
+            own = () if key == 'patients' else ('editions', 'channels', 'planes', 'sliceStep')
+            names = [each for each in SETTINGS if each not in own]
             _checkData(path, seen, {**found, 'patients': used}, f'config.{name}, {file}', names)
 
 

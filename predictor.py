@@ -122,6 +122,10 @@ class Network(NamedTuple):
     threads: int = 1  # that run a member side by side, which is faster than one run on several threads
     name: str = ''  # of the ONNX files
 
+    def checksum(self):
+        """Return a checksum of the weights and settings, which what they made is marked with."""
+        return _checksumOf([self.about, self.name])
+
 
 def loadFolder(folder, threads=None, name=None):
     """Return the `Network` of a model folder, to predict many patients.
@@ -421,7 +425,7 @@ def predictFolder(patients, folder, out):
     """
     network, out, bad = folder if isinstance(folder, Network) else loadFolder(folder), Path(out), {}
     options, about = _optionsOf(network.about['rules']), network.about
-    _writeSettings(out / 'settings.json', about, patients, _checksumOf([about, network.name]))
+    _writeSettings(out / 'settings.json', network, patients)
     patients = {each: _imagesOf(paths, about, each) for each, paths in patients.items()}
     labels = {each: labelsFor(paths, about) for each, paths in patients.items()}
     remarks = _remarksOf(patients, network, labels)
@@ -459,15 +463,16 @@ def predictFolder(patients, folder, out):
 
 def _remarksOf(patients, network, labels):
     """Return id -> what is written into the header of a segmentation, so that later runs know what it was made of."""
-    own, names = _checksumOf([network.about, network.name]), network.about['modalities']
+    own, names = network.checksum(), network.about['modalities']
     return {each: remarkOf([own, list(labels[each].items())], paths, names) for each, paths in patients.items()}
 
 
-def _writeSettings(file, about, patients, made):
+def _writeSettings(file, network, patients):
     """Write of what model a folder's segmentations are, its rules, and whom all its networks were trained on.
 
-    `made` is a checksum of the model. What is there of other patients stays.
+    What is there of other patients stays.
     """
+    about, made = network.about, network.checksum()
     try:
         before = dict(json.loads(file.read_text())['prediction']) if file.is_file() else {}
     except (ValueError, KeyError, TypeError):

@@ -80,8 +80,7 @@ def makeDataset(dataframe, filename, transform=None, part=None):
     if part is not None:
         dataframe, own = _takeShard(dataframe, part)
         filename, provenance = partFile(filename, part), provenance | own
-    isOfRun = str(filename) in (config.TRAIN_FILE, config.VAL_FILE) and Path(config.LAST_CHECKPOINT).exists()
-    numPatches = _countIfCurrent(filename, provenance, dataframe, known, isOfRun)
+    numPatches = _countIfCurrent(filename, provenance, dataframe, known)
     if numPatches is not None:
         print(f'{filename} exists, with {numPatches} patches of the same patients and settings.')
         return numPatches
@@ -155,7 +154,7 @@ def partFile(filename, part):
     return str(path.with_name(f'{path.stem}.{part[0]}of{part[1]}{path.suffix}'))
 
 
-def _countIfCurrent(filename, provenance, dataframe, known, isOfRun):
+def _countIfCurrent(filename, provenance, dataframe, known):
     """Return the number of patches of a file with these settings and patients; else None, with a message.
 
     The checksums that the file holds are added to `known`, for `provenance.checksums`. The patches of a run that has a
@@ -172,6 +171,7 @@ def _countIfCurrent(filename, provenance, dataframe, known, isOfRun):
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         print(f'{filename} is damaged, or of another version ({error}), and is replaced.')
         return None
+    isOfRun = str(filename) in (config.TRAIN_FILE, config.VAL_FILE) and Path(config.LAST_CHECKPOINT).exists()
     if reasons and isOfRun and provenance['settings']['stretching'] is not None:  # unlike a transform of one's own
         raise ValueError(
             f'{filename} is part of the run of {config.LAST_CHECKPOINT} and is not replaced, although '

@@ -454,7 +454,7 @@ def scoreRecipes(df, recipes, sizes, folds, seeds, steps, minutes, output, devic
     values = {name: _configWith({**recipe, **length}) for name, recipe in recipes.items()}
     folders = {name: output / _nameOf({'recipe': name}) for name in recipes}
     for (one, its), (other, own) in itertools.combinations(values.items(), 2):
-        if _asText(its) == _asText(own) or folders[one] == folders[other]:
+        if _asJson(its) == _asJson(own) or folders[one] == folders[other]:
             raise ValueError(f'The recipes {one} and {other} are alike, or have nearly the same name.')
         if its['NO_CLASSES'] != own['NO_CLASSES']:
             raise ValueError(f'The recipes {one} and {other} have other classes: their scores cannot be compared.')
@@ -535,16 +535,16 @@ def _tryRecipe(name):
     return hasWeights
 
 
-def _asText(values):
-    """Return the numbers of a recipe as text, so that those that are written alike are equal."""
-    return json.dumps(values, sort_keys=True, default=str)
+def _asJson(values):
+    """Return the numbers of a recipe as JSON has them, so that those that are written alike are equal."""
+    return json.loads(json.dumps(values, default=str))
 
 
 def checkRecipe(folder, values):
     """Write the numbers of a recipe into its folder; raise a ValueError if others are there."""
     others = r'DEVICE|TIME_BUDGET|CONFIDENCE|.*_(FOLDER|WORKERS|BATCH|PATCHES|RESAMPLES|FRACTION)|(QUALITY|DEMO)_.*'
     own = {name: value for name, value in values.items() if not re.fullmatch(others, name)}
-    own, file = json.loads(json.dumps(own, default=str)), folder / 'recipe.json'
+    own, file = _asJson(own), folder / 'recipe.json'
     if file.exists():
         found = json.loads(file.read_text())
         if other := [name for name in own if name in found and found[name] != own[name]]:
